@@ -1,0 +1,34 @@
+# Every verb a developer types. `make env` builds .venv from pinned versions; nothing else is assumed installed.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: env demo test lint fmt gpu clean
+
+env: $(VENV)/.ready
+
+# torch first and by itself: a CPU build may lie where pip finds it, and nothing may pull another.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/isthmus demo
+
+test: env lint
+	$(BIN)/python -m pytest tests
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	PYTHONPATH=. $(BIN)/lint-imports
+
+fmt: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,1 @@
+"""The data plane: what runs on each node. It never imports the control plane, `orchestrator`."""

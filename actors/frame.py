@@ -1,0 +1,214 @@
+"""The wire format: what one stage sends another, in chunks, each checked by itself.
+
+PURE. A frame is one encoded boundary tensor. It crosses as chunks; every chunk is this fixed little-endian header and
+a slice of the payload, so each is parsed, checked and placed alone, in any order, any number of times. The parser
+allocates nothing: a chunk's payload is a view of the bytes that came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from actors.errors import FrameCorrupt
+from actors.spec import Kind
+
+MAGIC = b"ISTH"
+VERSION = 1
+MAX_DIMS = 4
+# A header may not announce a frame beyond this, whatever the plan allows.
+MAX_FRAME_BYTES = 1 << 34
+
+# magic, version, codec, kind, dtype | flags, bits, block, dims | shape | seed, run | generation, step, microbatch |
+# source, target | chunk, num_chunks | offset, frame size | payload size, payload checksum
+_BODY = struct.Struct("<4sBBBB BBHB3x 4I QQ IQI HH II QQ II")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _BODY.size + _CRC.size
+
+
+class WireDtype(IntEnum):
+    """The element type of a tensor before its codec."""
+
+    FLOAT32 = 1
+    BFLOAT16 = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameHeader:
+    """One chunk's header, in the order of the bytes."""
+
+    codec: int
+    kind: Kind
+    dtype: WireDtype
+    shape: tuple[int, ...]
+    run: int
+    generation: int
+    step: int
+    microbatch: int
+    source: int
+    target: int
+    # The size of the whole encoded tensor, and where in it this chunk's payload goes.
+    frame_bytes: int
+    offset: int = 0
+    chunk: int = 0
+    num_chunks: int = 1
+    payload_bytes: int = 0
+    payload_crc: int = 0
+    # Of the codec: its options, block length, bits an element, and the seed of its rounding.
+    flags: int = 0
+    bits: int = 0
+    block: int = 0
+    seed: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def run_id(run: str) -> int:
+    """Return the 64-bit number that stands for a run's name in its frames."""
+    return int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "little")
+
+
+def split_frame(header: FrameHeader, payload: memoryview, chunk_bytes: int) -> Iterator[bytes]:
+    """Yield the frame's chunks, at most `chunk_bytes` of payload each; `header` describes the whole frame."""
+    num_chunks = max(1, -(-len(payload) // chunk_bytes))
+    for chunk in range(num_chunks):
+        offset = chunk * chunk_bytes
+        part = payload[offset : offset + chunk_bytes]
+        yield pack_chunk(
+            replace(
+                header,
+                frame_bytes=len(payload),
+                offset=offset,
+                chunk=chunk,
+                num_chunks=num_chunks,
+                payload_bytes=len(part),
+                payload_crc=zlib.crc32(part),
+            ),
+            part,
+        )
+
+
+def wire_bytes(frame_bytes: int, chunk_bytes: int) -> int:
+    """Return what a frame takes on its link, the headers of its chunks included."""
+    return frame_bytes + HEADER_BYTES * max(1, -(-frame_bytes // chunk_bytes))
+
+
+def pack_chunk(header: FrameHeader, payload: memoryview) -> bytes:
+    """Return the bytes of one chunk; the header must already describe this payload."""
+    shape = header.shape + (0,) * (MAX_DIMS - len(header.shape))
+    body = _BODY.pack(
+        MAGIC,
+        VERSION,
+        header.codec,
+        header.kind,
+        header.dtype,
+        header.flags,
+        header.bits,
+        header.block,
+        len(header.shape),
+        *shape,
+        header.seed,
+        header.run,
+        header.generation,
+        header.step,
+        header.microbatch,
+        header.source,
+        header.target,
+        header.chunk,
+        header.num_chunks,
+        header.offset,
+        header.frame_bytes,
+        header.payload_bytes,
+        header.payload_crc,
+    )
+    return b"".join((body, _CRC.pack(zlib.crc32(body)), payload))
+
+
+def parse_chunk(chunk: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
+    """Return the header and a view of the payload of one chunk that may come from anyone.
+
+    Raises FrameCorrupt for anything that `pack_chunk` cannot have made.
+    """
+    view = memoryview(chunk).cast("B")
+    if len(view) < HEADER_BYTES:
+        raise _corrupt(f"{len(view)} bytes are less than a header's {HEADER_BYTES}")
+    body = view[: _BODY.size]
+    if bytes(body[:4]) != MAGIC:
+        raise _corrupt(f"it starts with {bytes(body[:4])!r}, not {MAGIC!r}")
+    if body[4] != VERSION:
+        raise FrameCorrupt(
+            f"a frame of version {body[4]} came; this node speaks version {VERSION}",
+            "run the same release of Isthmus on every node",
+        )
+    (crc,) = _CRC.unpack_from(view, _BODY.size)
+    if crc != zlib.crc32(body):
+        raise _corrupt("the header's checksum is wrong")
+    header = _header(body)
+    payload = view[HEADER_BYTES:]
+    if len(payload) != header.payload_bytes:
+        raise _corrupt(f"the payload has {len(payload)} bytes, the header says {header.payload_bytes}")
+    if zlib.crc32(payload) != header.payload_crc:
+        raise _corrupt("the payload's checksum is wrong")
+    return header, payload
+
+
+def _header(body: memoryview) -> FrameHeader:
+    """Return the header that these bytes hold, its fields checked against one another."""
+    (_, _, codec, kind, dtype, flags, bits, block, num_dims, *rest) = _BODY.unpack(body)
+    shape, rest = tuple(rest[:MAX_DIMS]), rest[MAX_DIMS:]
+    (
+        seed,
+        run,
+        generation,
+        step,
+        microbatch,
+        source,
+        target,
+        chunk,
+        num_chunks,
+        offset,
+        frame_bytes,
+        size,
+        crc,
+    ) = rest
+    if bytes(body[13:16]) != b"\0\0\0":
+        raise _corrupt("its reserved bytes are not zero")
+    if kind not in Kind.__members__.values() or dtype not in WireDtype.__members__.values():
+        raise _corrupt(f"kind {kind} or dtype {dtype} is unknown")
+    if not 1 <= num_dims <= MAX_DIMS or any(shape[num_dims:]) or not all(shape[:num_dims]):
+        raise _corrupt(f"the shape {shape} of {num_dims} dimensions makes no sense")
+    if frame_bytes > MAX_FRAME_BYTES or chunk >= num_chunks or offset + size > frame_bytes:
+        raise _corrupt(f"chunk {chunk} of {num_chunks}, {size} bytes at {offset}, does not fit in {frame_bytes}")
+    return FrameHeader(
+        codec=codec,
+        kind=Kind(kind),
+        dtype=WireDtype(dtype),
+        shape=shape[:num_dims],
+        run=run,
+        generation=generation,
+        step=step,
+        microbatch=microbatch,
+        source=source,
+        target=target,
+        frame_bytes=frame_bytes,
+        offset=offset,
+        chunk=chunk,
+        num_chunks=num_chunks,
+        payload_bytes=size,
+        payload_crc=crc,
+        flags=flags,
+        bits=bits,
+        block=block,
+        seed=seed,
+    )
+
+
+def _corrupt(why: str) -> FrameCorrupt:
+    return FrameCorrupt(f"a frame is corrupt: {why}", "the sender repeats it; if this goes on, check that link")

@@ -1,0 +1,258 @@
+"""Frames to one peer: encoded, cut into chunks, kept under way within a window, acknowledged, repeated where needed.
+
+    compute thread -> send(tensor) -> [outbox thread: encode, split, push, collect receipts] -> Carrier -> peer
+
+A `Carrier` is how bytes reach the peer; on a cluster it is a Ray actor call (`actors.node`), in tests a function. The
+outbox thread owns all its state: sends, receipts and failures reach it as messages on one queue.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from actors.codecs import Codec
+from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout
+from actors.frame import FrameHeader, run_id, split_frame, wire_bytes
+from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
+from actors.spec import Kind, LinkCount
+
+# How soon a chunk goes out again where the peer had no room, or the call failed.
+_BUSY_RETRY_S = 0.02
+_ERROR_RETRY_S = 0.5
+
+
+class Carrier(Protocol):
+    """Takes one chunk to one peer."""
+
+    peer: str
+
+    def push(self, chunk: bytes) -> Future[Receipt]:
+        """Start sending; the future gives the peer's receipt, or PeerLost, or any IsthmusError worth a repeat."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSettings:
+    """One direction from a stage to a neighbour, as the plan has it."""
+
+    run: str
+    source: int
+    target: int
+    chunk_bytes: int
+    window_bytes: int
+    ack_s: float
+    give_up_s: float
+
+
+@dataclass(frozen=True)
+class _Send:
+    header: FrameHeader
+    codec: Codec
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Answer:
+    chunk: int
+    attempt: int
+    answer: Receipt | IsthmusError
+
+
+class _Close:
+    """The last message."""
+
+
+@dataclass
+class _Pending:
+    """A chunk that is under way or waits to be repeated."""
+
+    kind: Kind
+    chunk: bytes
+    first_s: float
+    due_s: float
+    attempt: int = 0
+
+
+class Link:
+    """An outbox to one peer. `send` returns at once; failures reach `on_failure` from the outbox thread."""
+
+    def __init__(self, settings: LinkSettings, carrier: Carrier, on_failure: Callable[[IsthmusError], None]) -> None:
+        self._settings = settings
+        self._carrier = carrier
+        self._on_failure = on_failure
+        self._run = run_id(settings.run)
+        self._messages: queue.SimpleQueue[_Send | _Answer | _Close] = queue.SimpleQueue()
+        self._waiting: deque[tuple[Kind, bytes]] = deque()
+        self._pending: dict[int, _Pending] = {}
+        self._in_flight_bytes = 0
+        self._num_pushed = 0
+        self._generation = 0
+        self._counts_lock = threading.Lock()
+        self._counts: dict[Kind, list[int]] = {}
+        self._thread = threading.Thread(target=self._loop, name=f"outbox-{settings.target}", daemon=True)
+        self._thread.start()
+
+    def send(
+        self, tensor: torch.Tensor, codec: Codec, kind: Kind, *, generation: int, step: int, microbatch: int
+    ) -> None:
+        """Queue one boundary tensor; it must not change afterwards."""
+        dtype = WIRE_DTYPES[tensor.dtype]
+        frame_bytes = codec.size_bytes(tensor.numel(), tensor.dtype)
+        header = FrameHeader(
+            codec=codec.code,
+            kind=kind,
+            dtype=dtype,
+            shape=tuple(tensor.shape),
+            run=self._run,
+            generation=generation,
+            step=step,
+            microbatch=microbatch,
+            source=self._settings.source,
+            target=self._settings.target,
+            frame_bytes=frame_bytes,
+        )
+        wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
+        self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
+        self._messages.put(_Send(header, codec, tensor))
+
+    def drain_counts(self) -> tuple[LinkCount, ...]:
+        """Return what was sent since the last call, repeats included, and start from zero."""
+        with self._counts_lock:
+            counts, self._counts = self._counts, {}
+        return tuple(
+            LinkCount(
+                source_stage=self._settings.source,
+                target_stage=self._settings.target,
+                kind=kind,
+                num_frames=num_frames,
+                raw_bytes=raw_bytes,
+                wire_bytes=wire,
+            )
+            for kind, (num_frames, raw_bytes, wire) in counts.items()
+        )
+
+    def close(self) -> None:
+        """Stop sending; what is queued is dropped."""
+        self._messages.put(_Close())
+        self._thread.join(timeout=self._settings.ack_s)
+
+    def _count(self, kind: Kind, *, num_frames: int = 0, raw_bytes: int = 0, wire: int = 0) -> None:
+        with self._counts_lock:
+            total = self._counts.setdefault(kind, [0, 0, 0])
+            for index, amount in enumerate((num_frames, raw_bytes, wire)):
+                total[index] += amount
+
+    def _loop(self) -> None:
+        while not isinstance(message := self._next_message(), _Close):
+            try:
+                if isinstance(message, _Send):
+                    self._enqueue(message)
+                elif isinstance(message, _Answer):
+                    self._settle(message)
+                self._repeat_due()
+                self._fill_window()
+            except IsthmusError as error:
+                self._drop_all()
+                self._on_failure(error)
+
+    def _next_message(self) -> _Send | _Answer | _Close | None:
+        """Return the next message, or None when a chunk is due to be repeated."""
+        if not self._pending:
+            return self._messages.get()
+        due_s = min(pending.due_s for pending in self._pending.values()) - time.monotonic()
+        try:
+            return self._messages.get(timeout=max(0.0, due_s))
+        except queue.Empty:
+            return None
+
+    def _enqueue(self, message: _Send) -> None:
+        if message.header.generation > self._generation:
+            self._generation = message.header.generation
+            self._drop_all()
+        payload = message.codec.encode(message.tensor)
+        chunks = split_frame(message.header, payload, self._settings.chunk_bytes)
+        self._waiting.extend((message.header.kind, chunk) for chunk in chunks)
+
+    def _fill_window(self) -> None:
+        """Push waiting chunks while the window has room; one may always be under way."""
+        while self._waiting:
+            kind, chunk = self._waiting[0]
+            size = len(chunk)
+            if self._in_flight_bytes and self._in_flight_bytes + size > self._settings.window_bytes:
+                return
+            self._waiting.popleft()
+            now_s = time.monotonic()
+            self._num_pushed += 1
+            pending = _Pending(kind, chunk, first_s=now_s, due_s=now_s)
+            self._pending[self._num_pushed] = pending
+            self._in_flight_bytes += size
+            self._push(self._num_pushed, pending)
+
+    def _push(self, number: int, pending: _Pending) -> None:
+        pending.attempt += 1
+        if pending.attempt > 1:
+            self._count(pending.kind, wire=len(pending.chunk))
+        pending.due_s = time.monotonic() + self._settings.ack_s
+        attempt = pending.attempt
+
+        def settled(future: Future[Receipt]) -> None:
+            error = future.exception()
+            if error is None:
+                self._messages.put(_Answer(number, attempt, future.result()))
+            elif isinstance(error, IsthmusError):
+                self._messages.put(_Answer(number, attempt, error))
+            else:
+                self._messages.put(
+                    _Answer(number, attempt, PeerLost(f"{self._carrier.peer} cannot be called: {error}"))
+                )
+
+        self._carrier.push(pending.chunk).add_done_callback(settled)
+
+    def _settle(self, message: _Answer) -> None:
+        """Act on a receipt: done, send again later, or fail."""
+        pending = self._pending.get(message.chunk)
+        if pending is None or pending.attempt != message.attempt:
+            return
+        answer = message.answer
+        if isinstance(answer, PeerLost):
+            raise answer
+        if isinstance(answer, IsthmusError):
+            pending.due_s = time.monotonic() + _ERROR_RETRY_S
+        elif answer.verdict is Verdict.BUSY:
+            # No room is the peer's own pace, not a fault: its clock starts anew.
+            pending.first_s = time.monotonic()
+            pending.due_s = time.monotonic() + _BUSY_RETRY_S
+        elif answer.verdict is Verdict.CORRUPT:
+            pending.due_s = time.monotonic()
+        elif answer.verdict is Verdict.REFUSED:
+            raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
+        else:
+            del self._pending[message.chunk]
+            self._in_flight_bytes -= len(pending.chunk)
+
+    def _repeat_due(self) -> None:
+        """Push again what was not acknowledged in time; give up on a peer that answers nothing for long."""
+        now_s = time.monotonic()
+        for number, pending in list(self._pending.items()):
+            if pending.due_s > now_s:
+                continue
+            if now_s - pending.first_s > self._settings.give_up_s:
+                raise PeerTimeout(
+                    f"{self._carrier.peer} acknowledged nothing for {self._settings.give_up_s:.0f} s",
+                    "check that node and its link, or raise timeouts.frame_s",
+                )
+            self._push(number, pending)
+
+    def _drop_all(self) -> None:
+        self._waiting.clear()
+        self._pending.clear()
+        self._in_flight_bytes = 0

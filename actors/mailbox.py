@@ -1,0 +1,248 @@
+"""Where frames from peers wait for the schedule: checked, assembled, decoded, each taken once.
+
+    peer -> offer(chunk) -> Receipt            any thread, any order, any number of times
+    schedule -> take(kind, microbatch)         one thread, in microbatch order
+
+Nothing but what the plan foresees gets in: an `Expectation` for each kind fixes sender, codec, dtype, shape and size.
+Memory is bounded by a window: of each kind, microbatches from the next needed one up to `window` beyond it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from actors.codecs import CODECS
+from actors.errors import FrameCorrupt, FrameUnexpected, IsthmusError, PeerTimeout, StepAborted
+from actors.frame import FrameHeader, WireDtype, parse_chunk, run_id
+from actors.spec import Kind
+
+_MIN_CHUNK_BYTES = 1024
+TORCH_DTYPES = {WireDtype.FLOAT32: torch.float32, WireDtype.BFLOAT16: torch.bfloat16}
+WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+
+
+class Verdict(Enum):
+    """What became of a chunk."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    # Of a generation or step that has ended: never send it again.
+    STALE = "stale"
+    # No room yet: send it again a little later.
+    BUSY = "busy"
+    # Damaged on the way: send it again.
+    CORRUPT = "corrupt"
+    # Not what the plan foresees: the sender is wrong.
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The answer to one chunk."""
+
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """The only frames of one kind that this node takes."""
+
+    kind: Kind
+    source: int
+    codec: str
+    dtype: WireDtype
+    shape: tuple[int, ...]
+    # How many microbatches beyond the next needed one may wait here.
+    window: int
+
+    @property
+    def frame_bytes(self) -> int:
+        return CODECS[self.codec].size_bytes(torch.Size(self.shape).numel(), TORCH_DTYPES[self.dtype])
+
+
+# (generation, step, kind, microbatch)
+_Key = tuple[int, int, Kind, int]
+
+
+@dataclass
+class _Assembly:
+    """One frame's bytes while its chunks come in."""
+
+    payload: bytearray
+    num_chunks: int
+    # (offset, size) of each chunk that is in, by its number.
+    parts: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.parts) == self.num_chunks
+
+    def covers_payload(self) -> bool:
+        """Whether the parts follow one another without gap or overlap from the first byte to the last."""
+        end = 0
+        for offset, size in sorted(self.parts.values()):
+            if offset != end:
+                return False
+            end += size
+        return end == len(self.payload)
+
+
+class Mailbox:
+    """The frames that one stage awaits, of the current step and, where a peer is a little ahead, of the next."""
+
+    def __init__(self, run: str, stage: int, num_microbatches: int, expectations: tuple[Expectation, ...]) -> None:
+        self._run = run_id(run)
+        self._stage = stage
+        self._num_microbatches = num_microbatches
+        self._expected = {expectation.kind: expectation for expectation in expectations}
+        self._changed = threading.Condition()
+        self._generation = 0
+        self._step = -1
+        self._ended_generation = -1
+        self._failure: IsthmusError | None = None
+        self._taken: dict[Kind, int] = {}
+        self._partial: dict[_Key, _Assembly] = {}
+        # None while the payload is being decoded.
+        self._ready: dict[_Key, torch.Tensor | None] = {}
+
+    @property
+    def generation(self) -> int:
+        """The generation of the step that is open."""
+        return self._generation
+
+    def open(self, generation: int, step: int) -> None:
+        """Begin a step: forget whatever belongs to earlier ones."""
+        with self._changed:
+            if generation <= self._ended_generation:
+                raise StepAborted(f"stage {self._stage}: generation {generation} has ended")
+            if (generation, step) == (self._generation, self._step):
+                return
+            self._generation, self._step = generation, step
+            self._failure = None
+            self._taken = {}
+            self._partial = {key: a for key, a in self._partial.items() if key[:2] >= (generation, step)}
+            self._ready = {key: t for key, t in self._ready.items() if key[:2] >= (generation, step)}
+
+    def abort(self, generation: int) -> None:
+        """End every generation up to this one; whoever waits for its frames gets StepAborted."""
+        with self._changed:
+            self._ended_generation = max(self._ended_generation, generation)
+            self._changed.notify_all()
+
+    def fail(self, error: IsthmusError) -> None:
+        """Make the current step fail: a link of this stage did."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    def offer(self, chunk: bytes | memoryview) -> Receipt:
+        """Take one chunk from a peer; never raises for what the chunk holds."""
+        try:
+            header, payload = parse_chunk(chunk)
+            self._require_expected(header)
+        except FrameCorrupt as error:
+            return Receipt(Verdict.CORRUPT, str(error))
+        except FrameUnexpected as error:
+            return Receipt(Verdict.REFUSED, str(error))
+        key: _Key = (header.generation, header.step, header.kind, header.microbatch)
+        with self._changed:
+            if (verdict := self._admission(key, header)) is not Verdict.ACCEPTED:
+                return Receipt(verdict)
+            assembly = self._partial.setdefault(key, _Assembly(bytearray(header.frame_bytes), header.num_chunks))
+            assembly.payload[header.offset : header.offset + len(payload)] = payload
+            assembly.parts[header.chunk] = (header.offset, len(payload))
+            if not assembly.is_complete:
+                return Receipt(Verdict.ACCEPTED)
+            del self._partial[key]
+            if not assembly.covers_payload():
+                return Receipt(Verdict.CORRUPT, f"the chunks of {_name(key)} overlap")
+            self._ready[key] = None
+        self._decode(key, header, assembly.payload)
+        return Receipt(Verdict.ACCEPTED)
+
+    def take(self, kind: Kind, microbatch: int, *, timeout_s: float, monotonic: Callable[[], float]) -> torch.Tensor:
+        """Return the decoded tensor of one microbatch, waiting for it at most `timeout_s`.
+
+        Raises PeerTimeout naming the sender, StepAborted, or whatever made the step fail.
+        """
+        with self._changed:
+            key: _Key = (self._generation, self._step, kind, microbatch)
+            deadline_s = monotonic() + timeout_s
+            while (tensor := self._ready.get(key)) is None:
+                if self._generation <= self._ended_generation:
+                    raise StepAborted(f"stage {self._stage}: generation {self._generation} has ended")
+                if self._failure is not None:
+                    raise self._failure
+                remaining_s = deadline_s - monotonic()
+                if remaining_s <= 0:
+                    raise PeerTimeout(
+                        f"stage {self._stage} waited {timeout_s:.0f} s for {_name(key)} "
+                        f"from stage {self._expected[kind].source}",
+                        "check that node and its link, or raise timeouts.frame_s",
+                    )
+                self._changed.wait(remaining_s)
+            del self._ready[key]
+            self._taken[kind] = microbatch + 1
+            return tensor
+
+    def _require_expected(self, header: FrameHeader) -> None:
+        """Raise FrameUnexpected where the plan foresees no such frame."""
+        expected = self._expected.get(header.kind)
+        if expected is None:
+            raise _unexpected(f"stage {self._stage} takes no {header.kind.name} frames")
+        theirs = (header.run, header.target, header.source, header.codec, header.dtype, header.shape)
+        codec = CODECS[expected.codec].code
+        ours = (self._run, self._stage, expected.source, codec, expected.dtype, expected.shape)
+        if theirs != ours:
+            names = ("run", "target", "source", "codec", "dtype", "shape")
+            wrong = [f"{n} {a} is not {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
+            raise _unexpected(f"a {header.kind.name} frame came whose {', '.join(wrong)}")
+        if header.frame_bytes != expected.frame_bytes or header.microbatch >= self._num_microbatches:
+            raise _unexpected(
+                f"microbatch {header.microbatch} of {header.frame_bytes} bytes came; the plan has "
+                f"{self._num_microbatches} microbatches of {expected.frame_bytes} bytes"
+            )
+        if header.num_chunks > header.frame_bytes // _MIN_CHUNK_BYTES + 1:
+            raise _unexpected(f"a frame of {header.frame_bytes} bytes came in {header.num_chunks} chunks")
+
+    def _admission(self, key: _Key, header: FrameHeader) -> Verdict:
+        """Return whether a chunk has its place here now."""
+        generation, step, kind, microbatch = key
+        if generation <= self._ended_generation or (generation, step) < (self._generation, self._step):
+            return Verdict.STALE
+        is_current = (generation, step) == (self._generation, self._step)
+        next_needed = self._taken.get(kind, 0) if is_current else 0
+        if microbatch < next_needed or key in self._ready:
+            return Verdict.DUPLICATE
+        if microbatch >= next_needed + self._expected[kind].window or step > self._step + 1:
+            return Verdict.BUSY
+        assembly = self._partial.get(key)
+        if assembly is None:
+            return Verdict.ACCEPTED
+        if header.chunk in assembly.parts:
+            return Verdict.DUPLICATE
+        return Verdict.ACCEPTED if header.num_chunks == assembly.num_chunks else Verdict.REFUSED
+
+    def _decode(self, key: _Key, header: FrameHeader, payload: bytearray) -> None:
+        """Decode outside the lock, so that other chunks come in meanwhile."""
+        codec = CODECS[self._expected[header.kind].codec]
+        tensor = codec.decode(memoryview(payload), header.shape, TORCH_DTYPES[header.dtype])
+        with self._changed:
+            if key in self._ready:
+                self._ready[key] = tensor
+                self._changed.notify_all()
+
+
+def _name(key: _Key) -> str:
+    generation, step, kind, microbatch = key
+    return f"{kind.name} of microbatch {microbatch}, step {step}, generation {generation}"
+
+
+def _unexpected(why: str) -> FrameUnexpected:
+    return FrameUnexpected(why, "sender and receiver follow different plans: run the same release and run name")

@@ -1,0 +1,1 @@
+"""The model: a Llama-style decoder, cut by layers, and its Hugging Face form."""

@@ -1,0 +1,166 @@
+"""The Ray shell around a node: calls come in by concurrency group, frames go out as actor calls. No maths here.
+
+    compute (one thread)   probe, assign, load, step, evaluate
+    control                ping, abort, flush, describe
+    inbox                  receive: a peer's chunk, inlined in the call
+
+A plain threaded actor: one `async` method would put all of them on an event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from concurrent.futures import Future
+
+import ray
+import ray.actor
+import ray.exceptions
+import torch
+
+from actors.errors import PeerError, PeerLost, StageError
+from actors.link import Carrier
+from actors.mailbox import Receipt, Verdict
+from actors.probe import device_name, free_memory_bytes, time_parts
+from actors.spec import (
+    Assignment,
+    EvalOrder,
+    EvalReport,
+    LinkCard,
+    LinkProbeOrder,
+    LoadOrder,
+    NodeCard,
+    ProbeOrder,
+    SaveReport,
+    StepOrder,
+    StepReport,
+)
+from actors.stage import Stage, pick_device
+
+CONCURRENCY_GROUPS = {"control": 4, "inbox": 4}
+NAMESPACE = "isthmus"
+
+
+class RayCarrier:
+    """Takes chunks to one peer as calls of its `receive`, the bytes inlined in the call."""
+
+    def __init__(self, peer: str, actor: ray.actor.ActorHandle) -> None:
+        self.peer = peer
+        self._actor = actor
+
+    def push(self, chunk: bytes) -> Future[Receipt]:
+        answer: Future[Receipt] = Future()
+        self._actor.receive.remote(chunk).future().add_done_callback(lambda call: self._pass_on(call, answer))
+        return answer
+
+    def _pass_on(self, call: Future[Receipt], answer: Future[Receipt]) -> None:
+        """Give Ray's answer or error as ours: an unavailable actor may come back, a dead one may not."""
+        error = call.exception()
+        if error is None:
+            answer.set_result(call.result())
+        elif isinstance(error, ray.exceptions.ActorUnavailableError):
+            answer.set_exception(PeerError(f"{self.peer} is not reachable now"))
+        else:
+            answer.set_exception(PeerLost(f"{self.peer} is gone: {error}", "isthmus status shows which node it was"))
+
+
+class NodeActor:
+    """One node of the fleet; may become one stage of one run."""
+
+    def __init__(self, node: str, region: str, num_threads: int, price_per_hour: float) -> None:
+        torch.set_num_threads(num_threads)
+        self._node = node
+        self._region = region
+        self._price_per_hour = price_per_hour
+        self._stage: Stage | None = None
+
+    @ray.method(concurrency_group="control")
+    def ping(self, order: None) -> int:
+        """Answer with this node's process: it is up."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="control")
+    def settings(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the values of Ray's settings that this node runs with, empty where unset."""
+        return tuple(os.environ.get(name, "") for name in names)
+
+    def probe(self, order: ProbeOrder) -> NodeCard:
+        """Measure this node on the model's own layers."""
+        device = pick_device()
+        return NodeCard(
+            node=self._node,
+            host=socket.gethostname(),
+            region=self._region,
+            device=device_name(device),
+            boundary_bytes=2 if device.type == "cuda" else 4,
+            memory_bytes=free_memory_bytes(device),
+            times=time_parts(order.model, order.batch, device, time.perf_counter),
+            price_per_hour=self._price_per_hour,
+        )
+
+    def probe_link(self, order: LinkProbeOrder) -> LinkCard:
+        """Measure delay and rate to another node: the best of a few empty and a few full calls."""
+        peer = ray.get_actor(order.actor_name, namespace=NAMESPACE)
+
+        def call_s(payload: bytes) -> float:
+            began_s = time.perf_counter()
+            ray.get(peer.receive_probe.remote(payload), timeout=order.timeout_s)
+            return time.perf_counter() - began_s
+
+        call_s(b"")
+        empty_s = min(call_s(b"") for _ in range(3))
+        full_s = min(call_s(bytes(order.size_bytes)) for _ in range(2))
+        rate_mbps = order.size_bytes * 8e-6 / max(full_s - empty_s, 1e-6)
+        return LinkCard(source=self._node, target=order.target, delay_s=empty_s / 2, rate_mbps=rate_mbps)
+
+    @ray.method(concurrency_group="inbox")
+    def receive_probe(self, payload: bytes) -> int:
+        """Answer a link probe."""
+        return len(payload)
+
+    def assign(self, assignment: Assignment) -> None:
+        """Become a stage: build its layers and its links to the neighbours."""
+        if self._stage is not None:
+            self._stage.close()
+
+        def carrier_to(stage: int) -> Carrier:
+            name = assignment.peers[stage]
+            node = assignment.plan.stages[stage].node
+            return RayCarrier(f"stage {stage} on {node}", ray.get_actor(name, namespace=NAMESPACE))
+
+        self._stage = Stage(assignment, carrier_to)
+
+    def load(self, order: LoadOrder) -> None:
+        """Take the weights that the order names."""
+        self._own_stage.load(order)
+
+    def step(self, order: StepOrder) -> StepReport:
+        """Commit the step before, run this one, report."""
+        return self._own_stage.step(order)
+
+    def evaluate(self, order: EvalOrder) -> EvalReport:
+        """Run held-out microbatches forward."""
+        return self._own_stage.evaluate(order)
+
+    @ray.method(concurrency_group="control")
+    def abort(self, generation: int) -> None:
+        """End every generation up to this one."""
+        self._own_stage.abort(generation)
+
+    def flush(self, timeout_s: float) -> tuple[SaveReport, ...]:
+        """Wait for checkpoints that are being written."""
+        return self._own_stage.flush(timeout_s)
+
+    @ray.method(concurrency_group="inbox")
+    def receive(self, chunk: bytes) -> Receipt:
+        """Take one chunk of a frame from a peer."""
+        if self._stage is None:
+            return Receipt(Verdict.BUSY, "this node has no stage yet")
+        return self._stage.receive(chunk)
+
+    @property
+    def _own_stage(self) -> Stage:
+        if self._stage is None:
+            raise StageError(f"{self._node} has no stage yet")
+        return self._stage

@@ -1,0 +1,132 @@
+"""One stage's part of one step: the schedule's actions, each fed by a frame and feeding one.
+
+    take(frame) -> forward or backward -> send(frame)
+
+No Ray: links are `actors.link.Link`s over any carrier. Sending never blocks, and frames are decoded as they arrive, so
+transfer overlaps with compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from actors.codecs import Codec
+from actors.data import Microbatch
+from actors.engine import StageEngine
+from actors.link import Link
+from actors.mailbox import Mailbox
+from actors.schedule import Action, Op
+from actors.spec import ActionTime, Kind
+
+# (step, microbatch) -> its tokens; None on a stage that needs none.
+ReadMicrobatch = Callable[[int, int], Microbatch | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlet:
+    """What goes to one neighbour, and how it is encoded."""
+
+    link: Link
+    codec: Codec
+
+    def send(self, tensor: torch.Tensor, kind: Kind, moment: Moment, microbatch: int) -> None:
+        self.link.send(tensor, self.codec, kind, generation=moment.generation, step=moment.step, microbatch=microbatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """How a stage meets its neighbours; the first stage has no previous one, the last no next one."""
+
+    mailbox: Mailbox
+    to_previous: Outlet | None
+    to_next: Outlet | None
+    frame_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Which step, and which try of it."""
+
+    generation: int
+    step: int
+
+
+@dataclass
+class Timeline:
+    """What a stage did in a step and when, from the step's start."""
+
+    clock: Callable[[], float]
+    start_s: float = 0.0
+    actions: list[ActionTime] = field(default_factory=list[ActionTime])
+
+    def __post_init__(self) -> None:
+        self.start_s = self.clock()
+
+    @contextmanager
+    def record(self, name: str, microbatch: int = -1) -> Iterator[None]:
+        began_s = self.clock()
+        yield
+        self.actions.append(
+            ActionTime(
+                name=name, microbatch=microbatch, start_s=began_s - self.start_s, end_s=self.clock() - self.start_s
+            )
+        )
+
+    def total_s(self, *names: str) -> float:
+        return sum(action.end_s - action.start_s for action in self.actions if action.name in names)
+
+
+def run_step(
+    engine: StageEngine,
+    ports: Ports,
+    actions: Sequence[Action],
+    read: ReadMicrobatch,
+    moment: Moment,
+    timeline: Timeline,
+) -> None:
+    """Run a training step's actions; afterwards the engine holds the step's gradients and loss."""
+    for action in actions:
+        microbatch = action.microbatch
+        if action.op is Op.FORWARD:
+            hidden_BTD = _take(ports, ports.to_previous, Kind.ACTIVATION, microbatch, timeline, "wF")
+            with timeline.record("F", microbatch):
+                output_BTD = engine.forward(microbatch, hidden_BTD, read(moment.step, microbatch))
+            if ports.to_next and output_BTD is not None:
+                ports.to_next.send(output_BTD, Kind.ACTIVATION, moment, microbatch)
+        else:
+            grad_BTD = _take(ports, ports.to_next, Kind.GRADIENT, microbatch, timeline, "wB")
+            with timeline.record("B", microbatch):
+                input_grad_BTD = engine.backward(microbatch, grad_BTD)
+            if ports.to_previous and input_grad_BTD is not None:
+                ports.to_previous.send(input_grad_BTD, Kind.GRADIENT, moment, microbatch)
+
+
+def run_evaluation(
+    engine: StageEngine, ports: Ports, num_microbatches: int, read: ReadMicrobatch, moment: Moment, timeline: Timeline
+) -> tuple[float, int]:
+    """Run held-out microbatches forward; return the sum of losses and their number, zeros but on the last stage."""
+    loss_sum, num_targets = 0.0, 0
+    for microbatch in range(num_microbatches):
+        hidden_BTD = _take(ports, ports.to_previous, Kind.EVAL_ACTIVATION, microbatch, timeline, "wF")
+        batch = read(0, microbatch)
+        output = engine.evaluate(hidden_BTD, batch)
+        if ports.to_next:
+            ports.to_next.send(output, Kind.EVAL_ACTIVATION, moment, microbatch)
+        elif batch is not None:
+            loss_sum += float(output)
+            num_targets += batch.num_targets
+    return loss_sum, num_targets
+
+
+def _take(
+    ports: Ports, neighbour: Outlet | None, kind: Kind, microbatch: int, timeline: Timeline, name: str
+) -> torch.Tensor | None:
+    """Wait for a neighbour's frame; None where there is no such neighbour."""
+    if neighbour is None:
+        return None
+    with timeline.record(name, microbatch):
+        return ports.mailbox.take(kind, microbatch, timeout_s=ports.frame_s, monotonic=timeline.clock)

@@ -1,0 +1,84 @@
+"""Measures this node: how long one microbatch takes in each part of this very model, and how much memory is free.
+
+The planner knows nodes only by what this says of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from actors.model.decoder import DecoderStage, token_losses
+from actors.model.init import initialise
+from actors.model.spec import ModelSpec
+from actors.spec import BatchSpec, PartTimes
+
+# Training may use this share of what is free: the rest is for the allocator's and other processes' surprises.
+_MEMORY_SHARE = 0.9
+_REPEATS = 3
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return what a process may still take of the device's memory; of a container's limit where there is one."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _MEMORY_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        available = min(available, int(text) - used)
+    return int(available * _MEMORY_SHARE)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x{torch.get_num_threads()}"
+
+
+def time_parts(spec: ModelSpec, batch: BatchSpec, device: torch.device, clock: Callable[[], float]) -> PartTimes:
+    """Return the seconds of one microbatch in a block (forward, backward), the embedding and the head.
+
+    Each part runs by itself, a few times after one that warms up; the median counts.
+    """
+    middle = DecoderStage(dataclasses.replace(spec, num_layers=3), 1, 2).to(device)
+    ends = DecoderStage(dataclasses.replace(spec, num_layers=1), 0, 1).to(device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch.microbatch_size, batch.seq_len)
+    tokens_BT = torch.randint(spec.vocab_size, shape, generator=generator).to(device)
+    hidden_BTD = torch.randn(*shape, spec.hidden_size, generator=generator).to(device).requires_grad_()
+    initialise(middle, seed=0)
+    initialise(ends, seed=0)
+
+    def timed(run: Callable[[], torch.Tensor]) -> tuple[float, float]:
+        """Return the median seconds of forward and of backward."""
+        times: list[tuple[float, float]] = []
+        for _ in range(_REPEATS + 1):
+            began_s = _now(device, clock)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                out = run()
+            middle_s = _now(device, clock)
+            out.backward(torch.ones_like(out))
+            times.append((middle_s - began_s, _now(device, clock) - middle_s))
+        forwards, backwards = zip(*times[1:], strict=True)
+        return sorted(forwards)[_REPEATS // 2], sorted(backwards)[_REPEATS // 2]
+
+    layer_forward_s, layer_backward_s = timed(lambda: middle(hidden_BTD))
+    embedding_s = sum(timed(lambda: ends.embed_tokens(tokens_BT)))
+    head_s = sum(timed(lambda: token_losses(ends.lm_head(ends.norm(hidden_BTD)), tokens_BT)[0]))
+    return PartTimes(
+        layer_forward_s=layer_forward_s, layer_backward_s=layer_backward_s, embedding_s=embedding_s, head_s=head_s
+    )
+
+
+def _now(device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()

@@ -1,0 +1,402 @@
+"""What crosses an actor boundary, besides frames: frozen dataclasses that both planes speak.
+
+PURE. Orders go from the controller to a node, reports come back; every one names its run, generation and step, so that
+doing it twice is doing it once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Literal
+
+from actors.errors import ConfigError
+from actors.model.spec import ModelSpec
+from actors.optim import OptimConfig
+
+
+class Kind(IntEnum):
+    """What a frame holds."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    EVAL_ACTIVATION = 3
+
+
+class TensorRole(Enum):
+    """What a tensor is for; a codec says which roles it suits."""
+
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+    PSEUDO_GRADIENT = "pseudo_gradient"
+    WEIGHT = "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """The tokens of one step: `num_microbatches` microbatches of `microbatch_size` sequences each."""
+
+    seq_len: int = 256
+    microbatch_size: int = 8
+    num_microbatches: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "microbatch_size", "num_microbatches"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"batch.{key} is {getattr(self, key)}", f"set batch.{key} to 1 or more")
+
+    @property
+    def microbatch_tokens(self) -> int:
+        return self.seq_len * self.microbatch_size
+
+    @property
+    def step_tokens(self) -> int:
+        return self.microbatch_tokens * self.num_microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireConfig:
+    """How boundary tensors travel between stages."""
+
+    forward: str = "bf16"
+    backward: str = "bf16"
+    # A chunk of a frame takes about this long on its link: short enough that chunks of other frames get through.
+    chunk_s: float = 0.1
+    min_chunk_bytes: int = 65_536
+    max_chunk_bytes: int = 1_048_576
+    # What may be under way to one peer, in seconds of the link and in bytes at most.
+    window_s: float = 1.0
+    max_window_bytes: int = 16_777_216
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_chunk_bytes <= self.max_chunk_bytes <= self.max_window_bytes:
+            raise ConfigError(
+                "wire.min_chunk_bytes, wire.max_chunk_bytes and wire.max_window_bytes do not nest",
+                "set 0 < wire.min_chunk_bytes <= wire.max_chunk_bytes <= wire.max_window_bytes",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutConfig:
+    """Every deadline of a run, nested: an ack within a frame, a frame within a step, a step within a lease."""
+
+    # A chunk's acknowledgement.
+    ack_s: float = 30.0
+    # A stage's wait for one frame of a peer.
+    frame_s: float = 120.0
+    # One step of all stages.
+    step_s: float = 600.0
+    # Actors placed and answering.
+    place_s: float = 120.0
+    # Weights loaded, or a checkpoint written.
+    transfer_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ack_s < self.frame_s < self.step_s:
+            raise ConfigError(
+                f"timeouts do not nest: ack_s={self.ack_s}, frame_s={self.frame_s}, step_s={self.step_s}",
+                "set timeouts.ack_s < timeouts.frame_s < timeouts.step_s",
+            )
+        if self.place_s <= 0 or self.transfer_s <= 0:
+            raise ConfigError("a timeout is not above 0", "set timeouts.place_s and timeouts.transfer_s above 0")
+
+
+ScheduleName = Literal["gpipe", "1f1b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the token shards lie, as `isthmus data prepare` wrote them."""
+
+    # A folder, or s3://bucket/prefix; each node that reads tokens must reach it.
+    path: str = "data/demo"
+    # Attention does not cross document borders, and the first token of the next document is not a target.
+    document_mask: bool = True
+    # Where shards of a remote path are kept on each node.
+    cache: str = "~/.cache/isthmus"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTimes:
+    """Seconds of one microbatch in the model's parts on one node; embedding and head forward and backward."""
+
+    layer_forward_s: float
+    layer_backward_s: float
+    embedding_s: float
+    head_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCard:
+    """What one node is and what it measured of itself on this model's own layers."""
+
+    node: str
+    host: str
+    region: str
+    device: str
+    # Element bytes of boundary tensors: 4 on CPU, 2 on CUDA.
+    boundary_bytes: int
+    # What training may use, of the device's memory.
+    memory_bytes: int
+    times: PartTimes
+    price_per_hour: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCard:
+    """One direction between two nodes, as measured."""
+
+    source: str
+    target: str
+    delay_s: float
+    rate_mbps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """What there is to train on: nodes in a fixed order, and the links that were measured."""
+
+    nodes: tuple[NodeCard, ...]
+    links: tuple[LinkCard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOrder:
+    """Measure yourself on this model and microbatch."""
+
+    model: ModelSpec
+    batch: BatchSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkProbeOrder:
+    """Measure your link to another node."""
+
+    target: str
+    actor_name: str
+    size_bytes: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: which layers, on which node, and what the planner expects of it."""
+
+    stage: int
+    node: str
+    # Layers [layer_start, layer_stop); stage 0 adds the embedding, the last stage the norm and head.
+    layer_start: int
+    layer_stop: int
+    memory_bytes: int
+    memory_limit_bytes: int
+    compute_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkPlan:
+    """The link from one stage to the next: its codecs and chunking."""
+
+    source_stage: int
+    target_stage: int
+    forward_codec: str
+    backward_codec: str
+    frame_bytes_forward: int
+    frame_bytes_backward: int
+    delay_s: float
+    rate_mbps: float
+    chunk_bytes: int
+    window_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Who runs what: the planner's answer, saved as plan.json."""
+
+    stages: tuple[StagePlan, ...]
+    links: tuple[LinkPlan, ...]
+    schedule: ScheduleName
+    step_s: float
+    even_step_s: float
+    tokens_per_s: float
+    dollars_per_hour: float
+    dollars_per_mtoken: float
+    # What sets the step time: "stage 2 (node-1)" or "link 0 -> 1".
+    binds: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Everything a node needs to become one stage of a run."""
+
+    run: str
+    generation: int
+    plan: Plan
+    stage: int
+    # The actor name of each stage's node, in stage order.
+    peers: tuple[str, ...]
+    model: ModelSpec
+    batch: BatchSpec
+    optim: OptimConfig
+    timeouts: TimeoutConfig
+    data: DataConfig
+    seed: int
+    activation_checkpointing: bool
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.plan.stages)
+
+    @property
+    def own(self) -> StagePlan:
+        return self.plan.stages[self.stage]
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The one decision about a finished step: apply its gradients, scaled, or drop them."""
+
+    step: int
+    lr: float
+    clip_scale: float
+    skip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFile:
+    """One file of a checkpoint: its name under the checkpoint, its size and its hash."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRef:
+    """A whole checkpoint: where it lies and which files it has."""
+
+    store_url: str
+    checkpoint: str
+    files: tuple[SavedFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOrder:
+    """Take the weights of version `step`: from a checkpoint, else from model.init_from, else drawn from the seed."""
+
+    run: str
+    generation: int
+    step: int
+    checkpoint: CheckpointRef | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOrder:
+    """Write the weights as they are after the commit."""
+
+    store_url: str
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOrder:
+    """Commit the step before, save if asked, then run this step: one message, one round trip."""
+
+    run: str
+    generation: int
+    step: int
+    # None where there is nothing to commit: the first step after a start or a resume.
+    commit: Commit | None
+    save: SaveOrder | None = None
+    # False: commit and save only; the run ends or pauses here.
+    run_step: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOrder:
+    """Run `num_microbatches` of the held-out split forward, without gradients."""
+
+    run: str
+    generation: int
+    step: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionTime:
+    """One thing that a stage did, in seconds from the step's start on that node."""
+
+    # "F", "B": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit.
+    name: str
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCount:
+    """What one stage sent to a peer in a step."""
+
+    source_stage: int
+    target_stage: int
+    kind: Kind
+    num_frames: int
+    raw_bytes: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """What one stage wrote of one checkpoint, or why it could not."""
+
+    stage: int
+    checkpoint: str
+    files: tuple[SavedFile, ...]
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one stage says when its part of a step is done."""
+
+    run: str
+    generation: int
+    step: int
+    stage: int
+    # False where the order was to commit or save only.
+    ran_step: bool
+    # Sums over target tokens; from the last stage only, else 0.
+    loss_sum: float
+    num_targets: int
+    # Squared gradient norm of each parameter, by global name, in the model's own order.
+    grad_sq: tuple[tuple[str, float], ...]
+    # The first microbatch whose output or loss was not finite, or -1.
+    nonfinite_microbatch: int
+    compute_s: float
+    wait_s: float
+    step_s: float
+    actions: tuple[ActionTime, ...]
+    links: tuple[LinkCount, ...]
+    saves: tuple[SaveReport, ...]
+    # Of the device, since the step began; on CPU the process's resident peak.
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """The held-out loss, from the last stage; zeros from the others."""
+
+    run: str
+    generation: int
+    step: int
+    stage: int
+    loss_sum: float
+    num_targets: int

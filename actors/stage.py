@@ -1,0 +1,259 @@
+"""A node's part in a run: one stage, from its assignment to its reports. No Ray: `actors.node` is the shell around it.
+
+    assign -> load -> step, step, ... (evaluate between) -> flush
+
+Every order names its run, generation and step; the same order again gets the same report again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from actors.codecs import codec_for
+from actors.data import Microbatch, TokenSource
+from actors.engine import StageEngine
+from actors.errors import GenerationStale, OutOfDeviceMemory, StageError
+from actors.link import Carrier, Link, LinkSettings
+from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
+from actors.model.decoder import DecoderStage
+from actors.model.huggingface import load_weights
+from actors.model.init import initialise
+from actors.pipeline import Moment, Outlet, Ports, Timeline, run_evaluation, run_step
+from actors.schedule import num_in_flight, stage_actions
+from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_of
+from actors.spec import (
+    Assignment,
+    EvalOrder,
+    EvalReport,
+    Kind,
+    LinkPlan,
+    LoadOrder,
+    SaveReport,
+    StepOrder,
+    StepReport,
+    TensorRole,
+)
+from actors.store import open_store
+
+# How many frames beyond the next needed one an evaluation may send ahead.
+_EVAL_WINDOW = 4
+
+
+def pick_device() -> torch.device:
+    """Return this process's training device: its first CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Stage:
+    """One stage of one run on this node."""
+
+    def __init__(self, assignment: Assignment, carrier_to: Callable[[int], Carrier]) -> None:
+        """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage."""
+        self._assignment = assignment
+        own = assignment.own
+        device = pick_device()
+        model = DecoderStage(
+            assignment.model,
+            own.layer_start,
+            own.layer_stop,
+            activation_checkpointing=assignment.activation_checkpointing,
+        ).to(device)
+        self._engine = StageEngine(model, assignment.optim)
+        self._actions = stage_actions(
+            assignment.plan.schedule, assignment.stage, assignment.num_stages, assignment.batch.num_microbatches
+        )
+        self._train = self._source("train")
+        self._held_out = self._source("val")
+        self._mailbox = Mailbox(
+            assignment.run, assignment.stage, assignment.batch.num_microbatches, self._expectations()
+        )
+        self._ports = Ports(
+            mailbox=self._mailbox,
+            to_previous=None if assignment.is_first else self._outlet(assignment.stage - 1, carrier_to),
+            to_next=None if assignment.is_last else self._outlet(assignment.stage + 1, carrier_to),
+            frame_s=assignment.timeouts.frame_s,
+        )
+        self._saver = AsyncSaver()
+        self._last_report: StepReport | EvalReport | None = None
+
+    def load(self, order: LoadOrder) -> None:
+        """Take the weights that the order names."""
+        self._require_current(order.run, order.generation)
+        model, assignment = self._engine.model, self._assignment
+        if order.checkpoint is not None:
+            files = {file.name: file for file in order.checkpoint.files}
+            units = {unit_of(name) for name in self._engine.params}
+            tensors = read_units(open_store(order.checkpoint.store_url), order.checkpoint.checkpoint, files, units)
+            restore(self._engine.params, self._engine.optimizer, tensors)
+        elif assignment.model.init_from is not None:
+            load_weights(model, Path(assignment.model.init_from))
+        else:
+            initialise(model, assignment.seed)
+        self._engine.version = order.step
+        self._last_report = None
+
+    def step(self, order: StepOrder) -> StepReport:
+        """Commit the step before, save if asked, run this step, report."""
+        self._require_current(order.run, order.generation)
+        if isinstance(self._last_report, StepReport) and _same(order, self._last_report):
+            return self._last_report
+        timeline = Timeline(time.monotonic)
+        if order.commit is not None:
+            with timeline.record("C"):
+                self._engine.commit(order.commit)
+        if order.save is not None:
+            units = snapshot(self._engine.params, self._engine.optimizer)
+            self._saver.start(order.save.checkpoint, order.save.store_url, units, self._assignment.stage)
+        if order.run_step:
+            self._run(order, timeline)
+        self._last_report = self._report(order, timeline)
+        return self._last_report
+
+    def evaluate(self, order: EvalOrder) -> EvalReport:
+        """Run the held-out microbatches forward and report their loss."""
+        self._require_current(order.run, order.generation)
+        moment = Moment(generation=order.generation, step=order.step)
+        self._mailbox.open(order.generation, order.step)
+        read = self._read_from(self._held_out)
+        loss_sum, num_targets = run_evaluation(
+            self._engine, self._ports, order.num_microbatches, read, moment, Timeline(time.monotonic)
+        )
+        return EvalReport(
+            run=order.run,
+            generation=order.generation,
+            step=order.step,
+            stage=self._assignment.stage,
+            loss_sum=loss_sum,
+            num_targets=num_targets,
+        )
+
+    def abort(self, generation: int) -> None:
+        """End every generation up to this one; a step that waits for its frames fails at once."""
+        self._mailbox.abort(generation)
+
+    def receive(self, chunk: bytes) -> Receipt:
+        """Take one chunk from a peer."""
+        return self._mailbox.offer(chunk)
+
+    def flush(self, timeout_s: float) -> tuple[SaveReport, ...]:
+        """Wait for checkpoints that are being written, and report them."""
+        self._saver.wait(timeout_s)
+        return self._saver.finished()
+
+    def close(self) -> None:
+        """Stop the threads of this stage."""
+        for outlet in (self._ports.to_previous, self._ports.to_next):
+            if outlet is not None:
+                outlet.link.close()
+        self._saver.close()
+
+    def _run(self, order: StepOrder, timeline: Timeline) -> None:
+        moment = Moment(generation=order.generation, step=order.step)
+        self._mailbox.open(order.generation, order.step)
+        targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
+        self._engine.begin(order.step, targets)
+        try:
+            run_step(self._engine, self._ports, self._actions, self._read_from(self._train), moment, timeline)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"stage {self._assignment.stage} on {self._assignment.own.node} ran out of device memory in "
+                f"step {order.step}",
+                "set a smaller batch.microbatch_size, train.activation_checkpointing=true, or use more nodes",
+            ) from error
+
+    def _report(self, order: StepOrder, timeline: Timeline) -> StepReport:
+        engine = self._engine
+        outlets = (self._ports.to_previous, self._ports.to_next)
+        return StepReport(
+            run=order.run,
+            generation=order.generation,
+            step=order.step,
+            stage=self._assignment.stage,
+            ran_step=order.run_step,
+            loss_sum=engine.loss_sum,
+            num_targets=engine.num_targets,
+            grad_sq=engine.grad_sq(),
+            nonfinite_microbatch=engine.nonfinite_microbatch(),
+            compute_s=timeline.total_s("F", "B", "C"),
+            wait_s=timeline.total_s("wF", "wB"),
+            step_s=timeline.clock() - timeline.start_s,
+            actions=tuple(timeline.actions),
+            links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),
+            saves=self._saver.finished(),
+            peak_memory_bytes=engine.peak_memory_bytes(),
+        )
+
+    def _require_current(self, run: str, generation: int) -> None:
+        if run != self._assignment.run:
+            raise StageError(f"an order of run {run} came to a node that works for run {self._assignment.run}")
+        if generation < self._mailbox.generation:
+            raise GenerationStale(f"an order of generation {generation} came after {self._mailbox.generation}")
+
+    def _source(self, split: str) -> TokenSource | None:
+        """Return the token source of a split; None on a stage that reads no tokens."""
+        assignment = self._assignment
+        if not (assignment.is_first or assignment.is_last or assignment.data.document_mask):
+            return None
+        return TokenSource(
+            assignment.data,
+            "train" if split == "train" else "val",
+            assignment.batch,
+            seed=assignment.seed,
+            vocab_size=assignment.model.vocab_size,
+        )
+
+    @staticmethod
+    def _read_from(source: TokenSource | None) -> Callable[[int, int], Microbatch | None]:
+        return source.microbatch if source is not None else lambda step, microbatch: None
+
+    def _link_plan(self, neighbour: int) -> LinkPlan:
+        return self._assignment.plan.links[min(neighbour, self._assignment.stage)]
+
+    def _expectations(self) -> tuple[Expectation, ...]:
+        """Return what may come: activations from the stage before, gradients from the stage after."""
+        assignment = self._assignment
+        batch = assignment.batch
+        shape = (batch.microbatch_size, batch.seq_len, assignment.model.hidden_size)
+        dtype = WIRE_DTYPES[self._engine.boundary_dtype]
+        expected: list[Expectation] = []
+
+        def expect(kind: Kind, source: int, codec: str, window: int) -> None:
+            expected.append(Expectation(kind=kind, source=source, codec=codec, dtype=dtype, shape=shape, window=window))
+
+        def in_flight(stage: int) -> int:
+            return num_in_flight(assignment.plan.schedule, stage, assignment.num_stages, batch.num_microbatches)
+
+        if not assignment.is_first:
+            before = assignment.stage - 1
+            codec = self._link_plan(before).forward_codec
+            expect(Kind.ACTIVATION, before, codec, in_flight(before))
+            expect(Kind.EVAL_ACTIVATION, before, codec, _EVAL_WINDOW)
+        if not assignment.is_last:
+            after = assignment.stage + 1
+            expect(Kind.GRADIENT, after, self._link_plan(after).backward_codec, in_flight(assignment.stage))
+        return tuple(expected)
+
+    def _outlet(self, neighbour: int, carrier_to: Callable[[int], Carrier]) -> Outlet:
+        assignment, plan = self._assignment, self._link_plan(neighbour)
+        settings = LinkSettings(
+            run=assignment.run,
+            source=assignment.stage,
+            target=neighbour,
+            chunk_bytes=plan.chunk_bytes,
+            window_bytes=plan.window_bytes,
+            ack_s=assignment.timeouts.ack_s,
+            give_up_s=assignment.timeouts.frame_s,
+        )
+        if neighbour > assignment.stage:
+            codec = codec_for(plan.forward_codec, TensorRole.ACTIVATION, "wire.forward")
+        else:
+            codec = codec_for(plan.backward_codec, TensorRole.GRADIENT, "wire.backward")
+        return Outlet(link=Link(settings, carrier_to(neighbour), self._mailbox.fail), codec=codec)
+
+
+def _same(order: StepOrder, report: StepReport) -> bool:
+    return (order.generation, order.step, order.run_step) == (report.generation, report.step, report.ran_step)

@@ -1,0 +1,1 @@
+"""The control plane: it decides and holds no device tensor."""

@@ -1,0 +1,260 @@
+"""Ray's nodes as ours: start or join a cluster, put a NodeActor on each, call them with deadlines.
+
+The only module of the control plane that talks to Ray. Errors leave it as ours: PeerLost for a node that died,
+PeerTimeout for one that did not answer, and the stage's own error as the stage raised it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, StageError
+from actors.node import CONCURRENCY_GROUPS, NAMESPACE, NodeActor
+from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder, TimeoutConfig
+from orchestrator.config import FleetConfig
+from orchestrator.environment import RAY_SETTINGS, REQUIRED_SETTINGS
+
+_EMBEDDED_NODES = 4
+# Every pair of up to this many nodes is probed; of more, each node and the next.
+_MAX_ALL_PAIRS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place for one node actor."""
+
+    node: str
+    ray_node_id: str
+    region: str
+    price_per_hour: float
+    num_gpus: int
+    num_threads: int
+
+
+class Crew:
+    """The node actors of a run, by node name."""
+
+    def __init__(self, run: str, slots: Sequence[Slot], timeouts: TimeoutConfig) -> None:
+        self._run = run
+        self._timeouts = timeouts
+        self._slots = {slot.node: slot for slot in slots}
+        self._actors: dict[str, Any] = {}
+        self._cards: dict[str, NodeCard] = {}
+
+    def actor_name(self, node: str) -> str:
+        """Return the name under which a node's peers find it."""
+        return f"{self._run}/{node}"
+
+    def start(self) -> None:
+        """Start an actor on every slot that has none; FleetError names the one that does not come up."""
+        missing = [slot for slot in self._slots.values() if slot.node not in self._actors]
+        for slot in missing:
+            self._actors[slot.node] = (
+                ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(NodeActor)
+                .options(
+                    name=self.actor_name(slot.node),
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    num_gpus=slot.num_gpus,
+                    label_selector={"ray.io/node-id": slot.ray_node_id},
+                )
+                .remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour)
+            )
+        nodes = [slot.node for slot in missing]
+        try:
+            settings = self.call(nodes, "settings", [REQUIRED_SETTINGS for _ in nodes], self._timeouts.place_s)
+        except PeerTimeout as error:
+            raise FleetError(
+                f"no free place for a node actor: {error.message}",
+                "free a GPU or set fleet.nodes lower; `ray status` shows who holds what",
+            ) from error
+        for node, found in zip(nodes, settings, strict=True):
+            for key, value in zip(REQUIRED_SETTINGS, found, strict=True):
+                if not value.isdecimal() or int(value) < int(RAY_SETTINGS[key]):
+                    raise FleetError(
+                        f"Ray on {node} runs with {key}={value or 'unset'}",
+                        f"start Ray on every node with {key}={RAY_SETTINGS[key]} (isthmus doctor prints all settings)",
+                    )
+
+    def probe(self, order: ProbeOrder, probe_bytes: int) -> Fleet:
+        """Measure every node that has not been, all at once, then the links; return what there is to plan with."""
+        new = [node for node in self._slots if node not in self._cards]
+        for card in self.call(new, "probe", [order for _ in new], self._timeouts.step_s):
+            self._cards[card.node] = card
+        nodes = tuple(self._cards[node] for node in self._slots)
+        return Fleet(nodes=nodes, links=self._probe_links(probe_bytes))
+
+    def revive(self) -> None:
+        """Start the dead actors again where their Ray node lives; forget the places whose Ray node is gone."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node, slot in list(self._slots.items()):
+            if slot.ray_node_id not in alive:
+                del self._slots[node]
+                self._cards.pop(node, None)
+                self._actors.pop(node, None)
+            elif node in self._actors and not self._answers(node):
+                ray.kill(self._actors.pop(node), no_restart=True)
+        if not self._slots:
+            raise FleetError("no node of the cluster is left", "bring nodes back, then start the same run again")
+        self.start()
+
+    def call(self, nodes: Sequence[str], method: str, orders: Sequence[object], timeout_s: float) -> tuple[Any, ...]:
+        """Call a method of several nodes at once and return their answers in order.
+
+        Raises at the first failure: PeerLost, PeerTimeout, or what the node raised.
+        """
+        refs = {
+            getattr(self._actors[node], method).remote(order): node for node, order in zip(nodes, orders, strict=True)
+        }
+        deadline_s = time.monotonic() + timeout_s
+        answers: dict[str, Any] = {}
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()))
+            if not done:
+                late = ", ".join(refs[ref] for ref in waiting)
+                raise PeerTimeout(
+                    f"{late} did not finish {method} within {timeout_s:.0f} s",
+                    "isthmus doctor shows what is wrong with a node; or raise that deadline under timeouts",
+                )
+            for ref in done:
+                answers[refs[ref]] = self._answer(ref, refs[ref])
+        return tuple(answers[node] for node in nodes)
+
+    def tell(self, nodes: Sequence[str], method: str, order: object) -> None:
+        """Call a method of several nodes and wait for none of them."""
+        for node in nodes:
+            if node in self._actors:
+                getattr(self._actors[node], method).remote(order)
+
+    def stop(self) -> None:
+        """End every actor of this run."""
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        self._actors.clear()
+
+    def _answer(self, ref: Any, node: str) -> Any:
+        """Return an answer, or raise Ray's error as ours."""
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, IsthmusError):
+                raise error.cause from None
+            raise StageError(f"{node} failed: {error.cause!r}", "its log has the traceback") from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise PeerTimeout(f"{node} cannot be reached", "check that node and its link") from error
+        except ray.exceptions.RayActorError as error:
+            raise PeerLost(f"{node} is gone: {_first_line(error)}", "it is replaced where its machine lives") from error
+
+    def _answers(self, node: str) -> bool:
+        try:
+            self.call([node], "ping", [None], self._timeouts.ack_s)
+        except (PeerLost, PeerTimeout):
+            return False
+        return True
+
+    def _probe_links(self, probe_bytes: int) -> tuple[LinkCard, ...]:
+        """Measure the links, one after another so that they do not share a wire."""
+        names = list(self._slots)
+        if not probe_bytes:
+            return ()
+        if len(names) <= _MAX_ALL_PAIRS:
+            pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        else:
+            pairs = list(pairwise(names))
+        cards: list[LinkCard] = []
+        for source, target in pairs:
+            order = LinkProbeOrder(
+                target=target,
+                actor_name=self.actor_name(target),
+                size_bytes=probe_bytes,
+                timeout_s=self._timeouts.ack_s,
+            )
+            cards += self.call([source], "probe_link", [order], self._timeouts.frame_s)
+        return tuple(cards)
+
+
+@contextmanager
+def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: TimeoutConfig) -> Iterator[Crew]:
+    """Join the cluster at `address`, or start Ray on this machine; on leaving end what was started."""
+    embedded = address is None
+    # Under /tmp for a short path: the names of Unix sockets have a limit.
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir="/tmp")) if embedded else None
+    try:
+        _init_ray(address, folder)
+        crew = Crew(run, _slots(config, embedded=embedded), timeouts)
+        crew.start()
+        try:
+            yield crew
+        finally:
+            crew.stop()
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init_ray(address: str | None, folder: Path | None) -> None:
+    common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **common)
+        return
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise FleetError(
+            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            "check --address and RAY_AUTH_TOKEN, or leave --address out to train on this machine",
+        ) from error
+
+
+def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:
+    """Return the places to train on: on this machine as many as asked, on a cluster one a GPU, or a CPU-only node."""
+    found: list[tuple[Mapping[str, Any], int, int]] = []
+    for ray_node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
+        resources = ray_node["Resources"]
+        num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        if not ray_node["Alive"] or (num_gpus == 0 and num_cpus == 0):
+            continue
+        places = num_gpus or ((config.nodes or _EMBEDDED_NODES) if embedded else 1)
+        threads = config.threads or max(1, num_cpus // places)
+        found += [(ray_node, min(1, num_gpus), threads)] * places
+    if config.nodes is not None and len(found) < config.nodes:
+        raise FleetError(
+            f"fleet.nodes is {config.nodes}; the cluster has {len(found)} places",
+            f"set fleet.nodes={len(found)}, or add nodes",
+        )
+    return [_slot(config, f"node-{i}", *place) for i, place in enumerate(found[: config.nodes])]
+
+
+def _slot(config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int) -> Slot:
+    labels = ray_node["Labels"]
+    region = labels.get("region", "local")
+    price = config.region_prices.get(region, config.price_per_hour)
+    try:
+        price = float(labels.get("price", price))
+    except ValueError as error:
+        raise FleetError(f"a node's Ray label price is {labels['price']!r}", "make it dollars an hour") from error
+    return Slot(
+        node=name,
+        ray_node_id=ray_node["NodeID"],
+        region=region,
+        price_per_hour=price,
+        num_gpus=num_gpus,
+        num_threads=num_threads,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

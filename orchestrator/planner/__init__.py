@@ -1,0 +1,1 @@
+"""PURE: fleet, model and batch in, plan out; the same inputs give the same plan."""

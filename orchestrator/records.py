@@ -1,0 +1,123 @@
+"""What a run says of itself: the records that console, events file, W&B, metrics and report all show.
+
+PURE. A record is made once, from the stages' reports, by `summarise_step`; every sink only formats it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.spec import ActionTime, StepReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One stage in one step, in seconds."""
+
+    stage: int
+    compute_s: float
+    wait_s: float
+    # The share of the step in which this node did not compute.
+    idle_share: float
+    peak_memory_bytes: int
+    actions: tuple[ActionTime, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkRecord:
+    """Both kinds of frames that went from one stage to another in one step."""
+
+    source_stage: int
+    target_stage: int
+    num_frames: int
+    raw_bytes: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One committed (or skipped) step of the whole pipeline."""
+
+    step: int
+    num_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    clip_scale: float
+    skipped: bool
+    num_skipped: int
+    num_targets: int
+    # Tokens trained on since the run's first step, this one included.
+    total_tokens: int
+    step_s: float
+    tokens_per_s: float
+    eta_s: float
+    # Spent since the run's first step.
+    dollars: float
+    stages: tuple[StageRecord, ...]
+    links: tuple[LinkRecord, ...]
+
+    @property
+    def raw_bytes(self) -> int:
+        return sum(link.raw_bytes for link in self.links)
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(link.wire_bytes for link in self.links)
+
+    @property
+    def slowest(self) -> StageRecord:
+        return max(self.stages, key=lambda stage: stage.compute_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """The held-out loss before a step, in nats a token."""
+
+    step: int
+    loss: float
+    num_targets: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """Anything else worth a line: started, resumed, checkpoint saved or failed, retry, stop; with its remedy if any."""
+
+    step: int
+    # One word: started, resumed, saved, save_failed, checkpoint_bad, retried, node_lost, skipped, warned, stopped,
+    # finished, failed.
+    name: str
+    text: str
+
+
+def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRecord, ...]:
+    """Return one record a stage, in stage order; idle is what of `step_s` was not compute."""
+    return tuple(
+        StageRecord(
+            stage=report.stage,
+            compute_s=report.compute_s,
+            wait_s=report.wait_s,
+            idle_share=max(0.0, 1.0 - report.compute_s / step_s) if step_s > 0 else 0.0,
+            peak_memory_bytes=report.peak_memory_bytes,
+            actions=report.actions,
+        )
+        for report in sorted(reports, key=lambda report: report.stage)
+    )
+
+
+def link_records(reports: Sequence[StepReport]) -> tuple[LinkRecord, ...]:
+    """Return one record for each ordered pair of stages that sent frames."""
+    totals: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for report in reports:
+        for link in report.links:
+            total = totals[link.source_stage, link.target_stage]
+            total[0] += link.num_frames
+            total[1] += link.raw_bytes
+            total[2] += link.wire_bytes
+    return tuple(
+        LinkRecord(source_stage=a, target_stage=b, num_frames=n, raw_bytes=raw, wire_bytes=wire)
+        for (a, b), (n, raw, wire) in sorted(totals.items())
+    )

@@ -1,0 +1,289 @@
+"""One page about a run that needs nothing but itself: curves, timeline, links, cost, and the baseline beside it.
+
+The page is HTML with its pictures inside, no script and no address in it, so that it can be mailed or put in a bucket.
+Everything that comes out of a file is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+from rich.filesize import decimal
+
+from actors.errors import UserError
+from actors.spec import Plan
+from orchestrator.console import duration_text
+from orchestrator.events import History, read_history
+from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timeline_picture
+from orchestrator.records import LinkRecord, StepRecord
+from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
+from orchestrator.status import Status, read_status
+
+_MAX_CONFIG_CHARS = 1_048_576
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+h1 { margin: 0; font-size: 1.8rem } h1 + p { color: #666; margin-top: 0 }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #ddd }
+img { width: 100%; height: auto }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; white-space: nowrap; border-bottom: 1px solid #eee }
+td:last-child { white-space: normal }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTotals:
+    """A run in a few numbers; None where its records do not tell."""
+
+    num_steps: int
+    tokens: int
+    loss: float | None
+    val_loss: float | None
+    # Over the time that steps took, evaluations and restarts left out.
+    tokens_per_s: float | None
+    seconds: float
+    dollars: float
+    dollars_per_mtoken: float | None
+    raw_bytes: int
+    wire_bytes: int
+
+
+def totals(history: History) -> RunTotals:
+    """Return what a run came to."""
+    steps = history.steps
+    seconds = sum(step.step_s for step in steps)
+    tokens = steps[-1].total_tokens if steps else 0
+    dollars = steps[-1].dollars if steps else 0.0
+    return RunTotals(
+        num_steps=len(steps),
+        tokens=tokens,
+        loss=steps[-1].loss if steps else None,
+        val_loss=history.evaluations[-1].loss if history.evaluations else None,
+        tokens_per_s=tokens / seconds if seconds else None,
+        seconds=seconds,
+        dollars=dollars,
+        dollars_per_mtoken=dollars * 1e6 / tokens if tokens else None,
+        raw_bytes=sum(step.raw_bytes for step in steps),
+        wire_bytes=sum(step.wire_bytes for step in steps),
+    )
+
+
+def comparison(run: RunTotals, baseline: RunTotals | None) -> list[tuple[str, str, str]]:
+    """Return rows of (what, of the run, of the baseline), as text, for page and console."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None or not math.isfinite(value) else form.format(value)
+
+    def row(label: str, of: Callable[[RunTotals], str]) -> tuple[str, str, str]:
+        return label, of(run), of(baseline) if baseline else "-"
+
+    return [
+        row("steps", lambda t: f"{t.num_steps:,}"),
+        row("tokens", lambda t: f"{t.tokens:,}"),
+        row("training loss", lambda t: shown(t.loss, "{:.4f}")),
+        row("held-out loss", lambda t: shown(t.val_loss, "{:.4f}")),
+        row("tokens/s", lambda t: shown(t.tokens_per_s, "{:,.0f}")),
+        row("time in steps", lambda t: duration_text(t.seconds)),
+        row("dollars", lambda t: f"{t.dollars:.2f}"),
+        row("$/M tokens", lambda t: shown(t.dollars_per_mtoken, "{:.4f}")),
+        row("sent between stages", lambda t: decimal(t.raw_bytes)),
+        row("of that on the wire", lambda t: decimal(t.wire_bytes)),
+        row("bytes saved", lambda t: f"{t.raw_bytes / t.wire_bytes:.1f}x" if t.wire_bytes else "-"),
+    ]
+
+
+def summary_text(run: Path, baseline: Path | None) -> str:
+    """Return the comparison of a run with its baseline as lines of text; raises UserError where there is no run."""
+    rows = [("", run.name, baseline.name if baseline else "no baseline")]
+    rows += comparison(totals(_history(run)), totals(_history(baseline)) if baseline else None)
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows)
+
+
+def link_totals(steps: Iterable[StepRecord]) -> tuple[LinkRecord, ...]:
+    """Return what each link carried over all of `steps`."""
+    sums: dict[tuple[int, int], LinkRecord] = {}
+    for link in (link for step in steps for link in step.links):
+        key = link.source_stage, link.target_stage
+        before = sums.get(key)
+        sums[key] = (
+            link
+            if before is None
+            else LinkRecord(
+                source_stage=link.source_stage,
+                target_stage=link.target_stage,
+                num_frames=before.num_frames + link.num_frames,
+                raw_bytes=before.raw_bytes + link.raw_bytes,
+                wire_bytes=before.wire_bytes + link.wire_bytes,
+            )
+        )
+    return tuple(sums[key] for key in sorted(sums))
+
+
+def loss_curves(history: History, name: str, colour: str) -> list[Curve]:
+    """Return the curves of a run that it has points for: training, and held-out at the tokens seen before it."""
+    # An evaluation at step s comes before that step, so it belongs to the tokens of step s - 1.
+    tokens_before = {step.step + 1: step.total_tokens for step in history.steps}
+    evaluations = [e for e in history.evaluations if e.step == 0 or e.step in tokens_before]
+    train = Curve(
+        label=f"{name}: training",
+        tokens=tuple(step.total_tokens for step in history.steps),
+        losses=tuple(step.loss for step in history.steps),
+        colour=colour,
+        is_validation=False,
+    )
+    validation = Curve(
+        label=f"{name}: held-out",
+        tokens=tuple(tokens_before.get(e.step, 0) for e in evaluations),
+        losses=tuple(e.loss for e in evaluations),
+        colour=colour,
+        is_validation=True,
+    )
+    return [curve for curve in (train, validation) if curve.tokens]
+
+
+def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
+    """Write the page about run folder `run`, with `baseline`'s numbers beside it, to `out`, and return `out`.
+
+    Raises UserError where there is no run, or it has not done a step yet.
+    """
+    history = _history(run)
+    if not history.steps:
+        raise UserError(
+            f"run {run.name} has not done a step yet", f"see how far it is with `isthmus status {run.name}`"
+        )
+    base = _history(baseline) if baseline else None
+    write_atomic(out, _page(run, history, baseline, base))
+    return out
+
+
+def _history(run: Path) -> History:
+    if not run.is_dir():
+        raise UserError(f"there is no run in {run}", "list the runs with `isthmus status`")
+    return read_history(RunFolder(run).events)
+
+
+def _page(run: Path, history: History, baseline: Path | None, base: History | None) -> str:
+    view = read_status(run)
+    config = _config_text(RunFolder(run).config)
+    compared = comparison(totals(history), totals(base) if base else None)
+    curves = loss_curves(history, run.name, BLUE)
+    if baseline and base:
+        curves += loss_curves(base, baseline.name, VERMILLION)
+    last = _last_timeline(history, view.status)
+    sections = [
+        ("Loss", _picture(lambda file: curves_picture(curves, file, "svg"), "loss over tokens trained on")),
+        ("In numbers", _table(("", run.name, baseline.name if baseline else "no baseline"), compared)),
+        ("Plan", _plan_table(view.plan)),
+        ("Stages", _stage_table(history.steps)),
+        ("Links", _link_table(history.steps)),
+        ("One step", _picture(lambda file: timeline_picture(last, file, "svg"), "what each stage did") if last else ""),
+        ("Events", _table(("step", "event", "what"), [(f"{e.step:,}", e.name, e.text) for e in history.events])),
+        ("Configuration", f"<details><summary>resolved</summary><pre>{escape(config)}</pre></details>"),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    digest = hashlib.sha256(config.encode()).hexdigest()[:16] if config else "not known"
+    unreadable = f" &middot; {history.num_unreadable} unreadable lines passed over" if history.num_unreadable else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
+        f"<h1>{escape(run.name)}</h1><p>an Isthmus run &middot; configuration {digest}{unreadable}</p>"
+        f"{body}</body></html>\n"
+    )
+
+
+def _last_timeline(history: History, status: Status | None) -> StepRecord | None:
+    # status.json has the actions of the very last step, the events file those of some steps only.
+    newest_first = [*([status.step] if status and status.step else []), *reversed(history.steps)]
+    return next((step for step in newest_first if any(stage.actions for stage in step.stages)), None)
+
+
+def _config_text(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with disk_errors(path), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(_MAX_CONFIG_CHARS)
+
+
+def _plan_table(plan: Plan | None) -> str:
+    if plan is None:
+        return ""
+    codecs = {link.source_stage: f"{link.forward_codec} / {link.backward_codec}" for link in plan.links}
+    rows = [
+        (
+            str(stage.stage),
+            stage.node,
+            f"{stage.layer_start}-{stage.layer_stop - 1}",
+            f"{decimal(stage.memory_bytes)} of {decimal(stage.memory_limit_bytes)}",
+            f"{stage.compute_s:.3f} s",
+            codecs.get(stage.stage, "-"),
+        )
+        for stage in plan.stages
+    ]
+    expected = (
+        f"expected {plan.step_s:.3f} s a step, {plan.even_step_s:.3f} s with even stages; {plan.tokens_per_s:,.0f} "
+        f"tokens/s; {plan.dollars_per_mtoken:.4f} $/M tokens; {plan.schedule}; {plan.binds} sets the pace"
+    )
+    header = ("stage", "node", "layers", "memory", "compute a step", "codecs to the next: forward / backward")
+    return f"<p>{escape(expected)}</p>{_table(header, rows)}"
+
+
+def _stage_table(steps: Sequence[StepRecord]) -> str:
+    seconds = sum(step.step_s for step in steps)
+    compute_s: dict[int, float] = defaultdict(float)
+    wait_s: dict[int, float] = defaultdict(float)
+    peak_bytes: dict[int, int] = defaultdict(int)
+    for stage in (stage for step in steps for stage in step.stages):
+        compute_s[stage.stage] += stage.compute_s
+        wait_s[stage.stage] += stage.wait_s
+        peak_bytes[stage.stage] = max(peak_bytes[stage.stage], stage.peak_memory_bytes)
+    rows = [
+        (
+            str(stage),
+            f"{compute_s[stage] / seconds:.1%}" if seconds else "-",
+            f"{wait_s[stage] / seconds:.1%}" if seconds else "-",
+            decimal(peak_bytes[stage]),
+        )
+        for stage in sorted(compute_s)
+    ]
+    return _table(("stage", "computes", "waits for frames", "peak memory"), rows)
+
+
+def _link_table(steps: Sequence[StepRecord]) -> str:
+    rows = [
+        (
+            f"{link.source_stage} -> {link.target_stage}",
+            f"{link.num_frames:,}",
+            decimal(link.raw_bytes),
+            decimal(link.wire_bytes),
+            f"{link.raw_bytes / link.wire_bytes:.1f}x" if link.wire_bytes else "-",
+        )
+        for link in link_totals(steps)
+    ]
+    return _table(("link", "frames", "raw", "on the wire", "saved"), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _picture(draw: Callable[[IO[bytes]], None], caption: str) -> str:
+    file = BytesIO()
+    draw(file)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'

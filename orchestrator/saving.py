@@ -1,0 +1,80 @@
+"""Checkpoints of a running job: ordered with a step, written by the stages meanwhile, made whole by the manifest.
+
+order -> stages write in the background -> collect their reports -> manifest -> retention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from actors.errors import CheckpointError, IsthmusError, StoreError
+from actors.spec import SaveOrder, SaveReport
+from orchestrator.checkpoints import CheckpointLedger, Manifest, PendingSaves, checkpoint_name
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A checkpoint whose stages have not all reported; `draft` makes its manifest once they have."""
+
+    step: int
+    pending: PendingSaves
+    draft: Callable[..., Manifest]
+
+
+@dataclass
+class Saving:
+    """The saves under way, oldest first; `tell(step, name, text)` hears what became of each."""
+
+    ledger: CheckpointLedger
+    keep: int
+    tell: Callable[[int, str, str], None]
+    newest_step: int = -1
+    _under_way: list[_UnderWay] = field(default_factory=list[_UnderWay])
+
+    def order(self, step: int, draft: Callable[..., Manifest], num_stages: int) -> SaveOrder | None:
+        """Begin a checkpoint; `draft(files=...)` is its manifest. None where the store is away."""
+        try:
+            # One of the same step may be there that proved bad: it must not look whole while its files change.
+            if step in self.ledger.steps_newest_first():
+                self.ledger.delete(step)
+        except StoreError as error:
+            self.tell(step, "save_failed", _one_line(error))
+            return None
+        checkpoint = checkpoint_name(step)
+        pending = PendingSaves(checkpoint=checkpoint, num_stages=num_stages)
+        self._under_way.append(_UnderWay(step, pending, draft))
+        return SaveOrder(store_url=self.ledger.store.url, checkpoint=checkpoint)
+
+    def collect(self, reports: Sequence[SaveReport]) -> bool:
+        """Take stages' reports; return whether a checkpoint has become whole."""
+        before = self.newest_step
+        still: list[_UnderWay] = []
+        for save in self._under_way:
+            for report in reports:
+                save = replace(save, pending=save.pending.add(report))
+            if not save.pending.is_settled:
+                still.append(save)
+            elif save.pending.failure:
+                self.tell(save.step, "save_failed", save.pending.failure)
+            else:
+                self._make_whole(save)
+        self._under_way = still
+        return self.newest_step > before
+
+    def forget(self) -> None:
+        """Drop the saves under way: their stages were placed anew."""
+        self._under_way.clear()
+
+    def _make_whole(self, save: _UnderWay) -> None:
+        try:
+            self.ledger.commit(save.draft(files=save.pending.files))
+            self.newest_step = save.step
+            self.tell(save.step, "saved", f"{save.pending.checkpoint} in {self.ledger.store.url}")
+            self.ledger.retain(self.keep)
+        except (StoreError, CheckpointError) as error:
+            self.tell(save.step, "save_failed", _one_line(error))
+
+
+def _one_line(error: IsthmusError) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,77 @@
+"""The stages of a run as one thing to command: every order goes to all of them, every answer comes back in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.spec import (
+    Assignment,
+    EvalOrder,
+    EvalReport,
+    LoadOrder,
+    Plan,
+    SaveReport,
+    StepOrder,
+    StepReport,
+)
+from orchestrator.config import RunConfig
+from orchestrator.fleet import Crew
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A plan's stages on their nodes."""
+
+    crew: Crew
+    plan: Plan
+    config: RunConfig
+
+    @property
+    def nodes(self) -> list[str]:
+        return [stage.node for stage in self.plan.stages]
+
+    def assign(self, generation: int) -> None:
+        """Make each node its stage."""
+        config = self.config
+        assignments = [
+            Assignment(
+                run=config.name,
+                generation=generation,
+                plan=self.plan,
+                stage=stage.stage,
+                peers=tuple(self.crew.actor_name(node) for node in self.nodes),
+                model=config.model,
+                batch=config.batch,
+                optim=config.optim,
+                timeouts=config.timeouts,
+                data=config.data,
+                seed=config.seed,
+                activation_checkpointing=config.train.activation_checkpointing,
+            )
+            for stage in self.plan.stages
+        ]
+        self.crew.call(self.nodes, "assign", assignments, config.timeouts.place_s)
+
+    def load(self, order: LoadOrder) -> None:
+        """Give each stage its weights."""
+        self._all("load", order, self.config.timeouts.transfer_s)
+
+    def run(self, order: StepOrder) -> tuple[StepReport, ...]:
+        """Commit the step before and run this one."""
+        return self._all("step", order, self.config.timeouts.step_s)
+
+    def evaluate(self, order: EvalOrder) -> tuple[EvalReport, ...]:
+        """Run held-out microbatches forward."""
+        return self._all("evaluate", order, self.config.timeouts.step_s)
+
+    def abort(self, generation: int) -> None:
+        """End a generation on every node that still answers, without waiting."""
+        self.crew.tell(self.nodes, "abort", generation)
+
+    def flush(self) -> tuple[SaveReport, ...]:
+        """Wait for checkpoints that are being written; return their reports."""
+        timeout_s = self.config.timeouts.transfer_s
+        return tuple(report for reports in self._all("flush", timeout_s, 2 * timeout_s) for report in reports)
+
+    def _all(self, method: str, order: object, timeout_s: float) -> tuple:
+        return self.crew.call(self.nodes, method, [order] * len(self.nodes), timeout_s)

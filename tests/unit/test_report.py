@@ -1,0 +1,182 @@
+"""The report: whole, self-contained, and true to the records."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from actors.errors import UserError
+from orchestrator.events import EventsFile, encode, fold_history
+from orchestrator.pictures import centred_mean, curves_picture, timeline_picture
+from orchestrator.records import EvalRecord, EventRecord
+from orchestrator.report import comparison, link_totals, loss_curves, summary_text, totals, write_report
+from orchestrator.runfolder import RunFolder, write_atomic
+from orchestrator.status import StatusFile
+from tests.unit.synthetic_run import make_plan, make_step
+
+_VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page that is checked as it is read: tags nest, and what it shows is collected."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in _VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    @property
+    def pictures(self) -> list[str]:
+        prefix = "data:image/svg+xml;base64,"
+        assert all(reference.startswith(prefix) for reference in self.references)
+        return [base64.b64decode(reference.removeprefix(prefix)).decode() for reference in self.references]
+
+
+def make_run(root: Path, name: str, num_stages: int, event: str = "checkpoint step-2") -> Path:
+    folder = RunFolder.open(root, name)
+    write_atomic(folder.config, "name: <script>alert(1)</script>\n")
+    write_atomic(folder.plan, json.dumps(encode(make_plan(num_stages))))
+    events, status = EventsFile(folder.events, timeline_every=1000), StatusFile(folder, lambda: 1000.0)
+    for sink in (events, status):
+        for step in range(4):
+            sink.evaluation(EvalRecord(step=step, loss=9.0 - step, num_targets=10, seconds=1.0))
+            sink.step(make_step(step, num_stages=num_stages))
+        sink.event(EventRecord(step=2, name="saved", text=event))
+        sink.finish(0)
+    return folder.path
+
+
+def test_the_page_holds_run_and_baseline_and_needs_nothing_else(tmp_path: Path) -> None:
+    run, baseline = make_run(tmp_path, "demo", 2), make_run(tmp_path, "demo-baseline", 1)
+    out = tmp_path / "report.html"
+    assert write_report(run, baseline, out) == out
+    page = Page(out.read_text())
+    curves, timeline = page.pictures
+    for name in ("demo: training", "demo: held-out", "demo-baseline: training", "demo-baseline: held-out"):
+        assert f'id="curve {name}"' in curves
+    assert "<svg" in timeline
+    assert ["", "demo", "demo-baseline"] in page.rows
+    assert ["$/M tokens", "10.0000", "10.0000"] in page.rows
+    assert ["held-out loss", "6.0000", "6.0000"] in page.rows
+    assert ["0 -> 1", "16", "98.4 MB", "49.2 MB", "2.0x"] in page.rows
+    assert ["1", "55.0%", "10.0%", "1.0 GB"] in page.rows
+    assert ["1", "node-1", "2-3", "1.0 GB of 2.0 GB", "0.500 s", "-"] in page.rows
+    assert ["2", "saved", "checkpoint step-2"] in page.rows
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+
+
+def test_the_timeline_is_of_the_very_last_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo", 2)
+    write_report(run, None, tmp_path / "report.html")
+    # Text is drawn as glyphs; what it says stands beside it as a comment.
+    assert "step 4: 2.00 s" in Page((tmp_path / "report.html").read_text()).pictures[1]
+
+
+def test_whatever_files_say_is_text(tmp_path: Path) -> None:
+    hostile = '</td><img src="http://example.org/x.png"><script>alert(1)</script>'
+    run = make_run(tmp_path, "demo", 2, event=hostile)
+    write_report(run, None, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "script" not in page.tags
+    assert page.tags.count("img") == len(page.pictures) == 2
+    assert ["2", "saved", hostile] in page.rows
+    assert "name: <script>alert(1)</script>" in page.text
+
+
+def test_a_run_without_baseline_plan_or_status_still_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo", 2)
+    for path in (RunFolder(run).plan, RunFolder(run).status, RunFolder(run).config):
+        path.unlink()
+    write_report(run, None, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert ["", "demo", "no baseline"] in page.rows
+    assert "Plan" not in page.text
+
+
+def test_no_run_and_no_step_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run"):
+        write_report(tmp_path / "none", None, tmp_path / "report.html")
+    with pytest.raises(UserError, match="has not done a step"):
+        write_report(RunFolder.open(tmp_path, "fresh").path, None, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_summary_puts_both_side_by_side(tmp_path: Path) -> None:
+    run, baseline = make_run(tmp_path, "demo", 2), make_run(tmp_path, "demo-baseline", 1)
+    lines = summary_text(run, baseline).splitlines()
+    assert lines[0].split() == ["demo", "demo-baseline"]
+    assert any(line.split() == ["tokens/s", "500", "500"] for line in lines)
+    assert any(line.split() == ["bytes", "saved", "2.0x", "-"] for line in lines)
+
+
+def test_totals_add_up_over_steps() -> None:
+    result = totals(fold_history([make_step(step) for step in range(3)]))
+    assert result.tokens == 3000
+    assert result.tokens_per_s == pytest.approx(500.0)
+    assert result.dollars_per_mtoken == pytest.approx(10.0)
+    assert result.raw_bytes == 3 * 2 * 24_600_000
+    assert result.val_loss is None
+
+
+def test_a_history_of_nothing_has_dashes() -> None:
+    rows = {label: value for label, value, _ in comparison(totals(fold_history([])), None)}
+    assert rows["training loss"] == rows["tokens/s"] == rows["$/M tokens"] == rows["bytes saved"] == "-"
+
+
+def test_links_are_summed_by_direction() -> None:
+    links = link_totals([make_step(0, num_stages=3), make_step(1, num_stages=3)])
+    assert [(link.source_stage, link.target_stage) for link in links] == [(0, 1), (1, 0), (1, 2), (2, 1)]
+    assert {link.wire_bytes for link in links} == {2 * 12_300_000}
+
+
+def test_held_out_loss_lies_at_the_tokens_before_its_step() -> None:
+    evaluations = [EvalRecord(step=step, loss=1.0, num_targets=1, seconds=0.0) for step in (0, 2)]
+    history = fold_history([evaluations[0], make_step(0), make_step(1), evaluations[1], make_step(2)])
+    train, held_out = loss_curves(history, "demo", "blue")
+    assert train.tokens == (1000, 2000, 3000)
+    assert held_out.tokens == (0, 2000)
+
+
+def test_the_mean_follows_a_straight_line_and_passes_over_what_is_not_finite() -> None:
+    assert centred_mean([5.0, 4.0, 3.0, 2.0, 1.0], 1) == pytest.approx([5.0, 4.0, 3.0, 2.0, 1.0])
+    assert centred_mean([2.0, math.nan, 4.0], 1) == pytest.approx([2.0, 3.0, 4.0])
+    assert math.isnan(centred_mean([math.inf], 0)[0])
+
+
+def test_pictures_of_nothing_and_of_odd_numbers_are_drawn(tmp_path: Path) -> None:
+    empty = BytesIO()
+    curves_picture([], empty)
+    assert empty.getvalue().startswith(b"\x89PNG")
+    timeline_picture(make_step(0, num_stages=1, loss=math.nan), tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,397 @@
+"""A stage's part of a checkpoint: bit-exact over any split, verified before it is parsed, saved in the background."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import boto3
+import pytest
+import safetensors.torch
+import torch
+from moto.server import ThreadedMotoServer
+from torch import Tensor, nn
+
+from actors.errors import CheckpointCorrupt, CheckpointError, DiskFull, StoreError
+from actors.optim import OptimConfig, build_optimizer
+from actors.shards import (
+    AsyncSaver,
+    Units,
+    read_units,
+    read_weights,
+    restore,
+    snapshot,
+    unit_names,
+    unit_of,
+    write_units,
+)
+from actors.spec import SavedFile, SaveReport
+from actors.store import LocalStore
+
+NUM_LAYERS = 5
+WIDTH = 4
+VOCAB = 7
+
+
+class Stage(nn.Module):
+    """Layers [start, stop) with parameters named as Hugging Face does; the ends add embedding and head."""
+
+    def __init__(self, start: int, stop: int, seed: int = 0, width: int = WIDTH) -> None:
+        super().__init__()
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, width)} if start == 0 else {}
+        for layer in range(start, stop):
+            shapes[f"model.layers.{layer}.self_attn.q_proj.weight"] = (width, width)
+            shapes[f"model.layers.{layer}.input_layernorm.weight"] = (width,)
+        if stop == NUM_LAYERS:
+            shapes |= {"model.norm.weight": (width,), "lm_head.weight": (VOCAB, width)}
+        self.names = list(shapes)
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes.values())
+        self.optimizer = build_optimizer(self, OptimConfig())
+        self.units = [unit for unit in unit_names(NUM_LAYERS) if unit in {unit_of(name) for name in shapes}]
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def train_step(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for param in self.weights:
+            param.grad = torch.randn(param.shape, generator=generator)
+        self.optimizer.step()
+
+
+def trained(*bounds: tuple[int, int]) -> list[Stage]:
+    """Stages of one model, two steps in, each seeded differently."""
+    stages = [Stage(*bound, seed=bound[0] + 1) for bound in bounds]
+    for stage in stages:
+        stage.train_step(10)
+        stage.train_step(11)
+    return stages
+
+
+def tensors_of(stage: Stage) -> Units:
+    return snapshot(stage.named, stage.optimizer)
+
+
+def saved(store: LocalStore, stages: Iterable[Stage]) -> dict[str, SavedFile]:
+    written = [write_units(store, "step-00000002", tensors_of(s)) for s in stages]
+    return {file.name: file for files in written for file in files}
+
+
+def load(store: LocalStore, files: dict[str, SavedFile], stage: Stage) -> None:
+    restore(stage.named, stage.optimizer, read_units(store, "step-00000002", files, stage.units))
+
+
+def state(stages: Iterable[Stage]) -> dict[str, Tensor]:
+    """Every tensor of the weights and the optimizer, by global name."""
+    units = [tensors_of(stage) for stage in stages]
+    return {name: tensor for of_stage in units for tensors in of_stage.values() for name, tensor in tensors.items()}
+
+
+def assert_bit_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.3.self_attn.q_proj.weight", "layer-00003"),
+        ("model.layers.12345.mlp.up_proj.weight", "layer-12345"),
+        ("model.norm.weight", "head"),
+        ("lm_head.weight", "head"),
+    ],
+)
+def test_each_parameter_has_its_unit(name: str, unit: str):
+    assert unit_of(name) == unit
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "model.layers.x.weight", "model.layers.-1.weight", "xmodel.norm.weight", ""]
+)
+def test_a_strange_parameter_has_none(name: str):
+    with pytest.raises(CheckpointError, match="belongs to no part"):
+        unit_of(name)
+
+
+def test_the_units_of_a_model_are_in_its_order():
+    assert unit_names(2) == ("embedding", "layer-00000", "layer-00001", "head")
+
+
+@pytest.mark.parametrize("cuts", [[(0, 5)], [(0, 1), (1, 3), (3, 5)], [(0, 4), (4, 5)]])
+def test_any_stages_read_what_other_stages_wrote(tmp_path, cuts: list[tuple[int, int]]):
+    writers = trained((0, 2), (2, 5))
+    files = saved(store := LocalStore(tmp_path), writers)
+    readers = [Stage(*cut, seed=99) for cut in cuts]
+    for stage in readers:
+        load(store, files, stage)
+    assert_bit_equal(state(readers), state(writers))
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    (writer,) = trained((0, 5))
+    files = saved(store := LocalStore(tmp_path), [writer])
+    reader = Stage(0, 5, seed=99)
+    load(store, files, reader)
+    writer.train_step(12)
+    reader.train_step(12)
+    assert_bit_equal(state([reader]), state([writer]))
+
+
+def test_the_same_state_gives_the_same_files_whatever_the_split(tmp_path):
+    (whole,) = trained((0, 5))
+    files = saved(store := LocalStore(tmp_path / "a"), [whole])
+    parts = [Stage(0, 2), Stage(2, 5)]
+    for stage in parts:
+        load(store, files, stage)
+    assert saved(LocalStore(tmp_path / "b"), parts) == files
+
+
+def test_a_snapshot_does_not_change_when_training_goes_on():
+    (stage,) = trained((0, 5))
+    before = state([stage])
+    copy = {name: tensor.clone() for name, tensor in before.items()}
+    stage.train_step(12)
+    assert_bit_equal(before, copy)
+
+
+def test_what_was_restored_is_not_shared_with_what_was_read(tmp_path):
+    (writer,) = trained((0, 5))
+    units = tensors_of(writer)
+    reader = Stage(0, 5)
+    restore(reader.named, reader.optimizer, units)
+    reader.train_step(12)
+    assert_bit_equal(
+        {name: tensor for unit in units.values() for name, tensor in unit.items()},
+        state([writer]),
+    )
+
+
+def test_bfloat16_weights_keep_their_bits(tmp_path):
+    stage = Stage(0, 5).to(torch.bfloat16)
+    files = saved(store := LocalStore(tmp_path), [stage])
+    assert_bit_equal(
+        read_weights(store, "step-00000002", files, stage.units),
+        {name: param.detach() for name, param in stage.named.items()},
+    )
+
+
+def test_weights_alone_can_be_read_and_restored(tmp_path):
+    (writer,) = trained((0, 5))
+    files = saved(store := LocalStore(tmp_path), [writer])
+    weights = read_weights(store, "step-00000002", files, unit_names(NUM_LAYERS))
+    assert_bit_equal(weights, {name: param.detach() for name, param in writer.named.items()})
+    reader = Stage(0, 5, seed=99)
+    restore(reader.named, None, read_units(store, "step-00000002", files, reader.units))
+    assert torch.equal(reader.weights[0], writer.weights[0])
+    assert not reader.optimizer.state
+
+
+def test_a_checkpoint_of_untrained_weights_starts_the_optimizer_afresh(tmp_path):
+    files = saved(store := LocalStore(tmp_path), [Stage(0, 5, seed=3)])
+    (reader,) = trained((0, 5))
+    load(store, files, reader)
+    assert_bit_equal(state([reader]), state([Stage(0, 5, seed=3)]))
+
+
+def test_state_that_the_layout_does_not_hold_is_refused():
+    stage = Stage(0, 5)
+    stage.optimizer = torch.optim.AdamW(stage.parameters(), amsgrad=True)
+    stage.train_step(1)
+    with pytest.raises(CheckpointError, match="max_exp_avg_sq"):
+        snapshot(stage.named, stage.optimizer)
+
+
+# Hostile and broken files.
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [(truncate, "bytes, not"), (flip_a_byte, "SHA-256 differs"), (Path.unlink, "is missing")],
+)
+def test_a_harmed_file_is_named_before_it_is_parsed(tmp_path, monkeypatch, harm: Callable[[Path], None], words: str):
+    (stage,) = trained((0, 5))
+    files = saved(store := LocalStore(tmp_path), [stage])
+    harm(tmp_path / "step-00000002" / "layer-00003.safetensors")
+
+    parsed: list[bytes] = []
+    load_bytes = safetensors.torch.load
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: parsed.append(data) or load_bytes(data))
+    with pytest.raises(CheckpointCorrupt, match=rf"step-00000002/layer-00003\.safetensors .*{words}.*: resume"):
+        read_units(store, "step-00000002", files, ["layer-00003"])
+    assert not parsed
+
+
+def test_a_unit_that_the_manifest_lacks_is_named(tmp_path):
+    with pytest.raises(CheckpointCorrupt, match=r"head\.safetensors .*not in its checkpoint's manifest"):
+        read_units(LocalStore(tmp_path), "step-00000002", {}, ["head"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not safetensors at all",
+        b"\xff" * 16,
+        len(b'{"a":1}').to_bytes(8, "little") + b'{"a":1}',
+        # A dtype that torch has no name for, and offsets past the end.
+        *(
+            len(header).to_bytes(8, "little") + header + b"\0" * 4
+            for header in (
+                b'{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}',
+                b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}',
+            )
+        ),
+    ],
+)
+def test_bytes_that_match_their_hash_but_are_no_tensors_are_corrupt(tmp_path, data: bytes):
+    store = LocalStore(tmp_path)
+    store.put("step-00000002/head.safetensors", data)
+    file = SavedFile(name="head.safetensors", size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(CheckpointCorrupt, match="not a safetensors file"):
+        read_units(store, "step-00000002", {file.name: file}, ["head"])
+
+
+def test_misfits_are_all_named_and_nothing_is_changed():
+    (writer,) = trained((0, 5))
+    units = tensors_of(writer)
+    del units["head"]["weight/lm_head.weight"]
+    del units["layer-00002"]["exp_avg/model.layers.2.input_layernorm.weight"]
+    units["embedding"]["weight/model.embed_tokens.weight"] = torch.zeros(VOCAB, WIDTH + 1)
+    norm = "model.norm.weight"
+    units["head"][f"exp_avg_sq/{norm}"] = units["head"][f"exp_avg_sq/{norm}"].double()
+    reader = Stage(0, 5, seed=99)
+    before = state([reader])
+    with pytest.raises(CheckpointError) as raised:
+        restore(reader.named, reader.optimizer, units)
+    text = str(raised.value)
+    assert "weight/lm_head.weight is missing" in text
+    assert "exp_avg/model.layers.2.input_layernorm.weight is missing" in text
+    assert f"embed_tokens.weight is torch.float32 [{VOCAB}, {WIDTH + 1}], not torch.float32 [{VOCAB}, {WIDTH}]" in text
+    assert f"exp_avg_sq/{norm} is torch.float64" in text
+    assert_bit_equal(state([reader]), before)
+
+
+# Saving in the background.
+
+
+class GatedStore(LocalStore):
+    """A store whose writes wait for a gate, so that a test decides when a save ends."""
+
+    def __init__(self, root: Path, gate: threading.Event) -> None:
+        super().__init__(root)
+        self.gate = gate
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        assert self.gate.wait(timeout=20), "the test never opened the gate"
+        super().put(key, data)
+
+
+def test_a_save_is_reported_once_with_its_files(tmp_path):
+    (stage,) = trained((0, 5))
+    saver = AsyncSaver()
+    saver.start("step-00000002", str(tmp_path), tensors_of(stage), 3)
+    saver.wait(20)
+    (report,) = saver.finished()
+    assert (report.stage, report.checkpoint, report.error) == (3, "step-00000002", "")
+    reader = Stage(0, 5, seed=99)
+    load(LocalStore(tmp_path), {file.name: file for file in report.files}, reader)
+    assert_bit_equal(state([reader]), state([stage]))
+    assert saver.finished() == ()
+    saver.close()
+
+
+def test_training_does_not_wait_and_the_newest_save_wins(tmp_path):
+    gate = threading.Event()
+    saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
+    units = tensors_of(Stage(0, 5))
+    for step in (1, 2, 3):
+        saver.start(f"step-{step}", str(tmp_path), units, 0)
+    (dropped,) = saver.finished()
+    assert dropped.checkpoint == "step-2"
+    assert "dropped step-2: step-3 was due before its turn came" in dropped.error
+    with pytest.raises(StoreError, match=r"stage 0 did not finish step-1 in .* within 0\.01 s"):
+        saver.wait(0.01)
+    gate.set()
+    saver.wait(20)
+    assert [(r.checkpoint, r.error) for r in saver.finished()] == [("step-1", ""), ("step-3", "")]
+    saver.close()
+
+
+def test_closing_drops_what_waits(tmp_path):
+    gate = threading.Event()
+    saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
+    for step in (1, 2):
+        saver.start(f"step-{step}", str(tmp_path), tensors_of(Stage(0, 5)), 0)
+    saver.close()
+    gate.set()
+    saver.wait(20)
+    reports = saver.finished()
+    assert {r.checkpoint: bool(r.error) for r in reports} == {"step-1": False, "step-2": True}
+
+
+class FullStore(LocalStore):
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        raise DiskFull(f"could not write {key}: the disk is full", "free space")
+
+
+def test_a_full_disk_is_a_report_and_not_an_exception(tmp_path):
+    saver = AsyncSaver(open_url=lambda url: FullStore(Path(url)))
+    saver.start("step-1", str(tmp_path), tensors_of(Stage(0, 5)), 2)
+    saver.wait(20)
+    (report,) = saver.finished()
+    assert report.files == ()
+    assert report.error.startswith("stage 2 could not save step-1: could not write step-1/embedding.safetensors")
+    saver.close()
+
+
+def save_and_wait(saver: AsyncSaver, checkpoint: str, url: str) -> SaveReport:
+    saver.start(checkpoint, url, tensors_of(Stage(0, 5)), 1)
+    saver.wait(60)
+    (report,) = saver.finished()
+    return report
+
+
+def test_a_bucket_that_does_not_exist_is_a_report(s3_url: str):
+    report = save_and_wait(saver := AsyncSaver(), "step-1", "s3://no-such-bucket-here/x")
+    assert "no such bucket" in report.error
+    saver.close()
+
+
+def test_a_bucket_that_goes_away_is_a_report_within_bounded_time(s3_environment, monkeypatch):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    boto3.session.Session().client("s3").create_bucket(Bucket="going-away")
+    saver = AsyncSaver()
+    assert save_and_wait(saver, "step-1", "s3://going-away/run").error == ""
+    server.stop()
+    report = save_and_wait(saver, "step-2", "s3://going-away/run")
+    assert f"s3://going-away/run: could not write step-2/embedding.safetensors: http://{host}:{port}" in report.error
+    assert "cannot be reached" in report.error
+    saver.close()
+
+
+def test_a_defect_is_not_mistaken_for_a_refusal(tmp_path):
+    saver = AsyncSaver()
+    saver.start("step-1", str(tmp_path), {"head": {"x": "not a tensor"}}, 0)  # type: ignore[dict-item]
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        saver.wait(20)
+    saver.close()
