@@ -80,6 +80,11 @@ class Stage:
         self._saver = AsyncSaver()
         self._last_report: StepReport | EvalReport | None = None
 
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This stage's parameters by their name in the whole model."""
+        return self._engine.params
+
     def load(self, order: LoadOrder) -> None:
         """Take the weights that the order names."""
         self._require_current(order.run, order.generation)

@@ -1,0 +1,147 @@
+"""A pipeline in one process: real stages, links and mailboxes, each stage on its own thread, no Ray.
+
+Frames go straight from a link to the neighbour's mailbox. What a cluster test shows with processes, this shows in a
+fraction of a second, for every split and schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from actors.link import Carrier
+from actors.mailbox import Receipt
+from actors.spec import Assignment, CheckpointRef, Commit, LoadOrder, NodeCard, PartTimes, StepOrder
+from actors.spec import Fleet as FleetCards
+from actors.stage import Stage
+from orchestrator.config import RunConfig
+from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
+from orchestrator.planner.cost import Workload
+from orchestrator.planner.plan import make_plan
+
+
+@dataclass
+class DirectCarrier:
+    """Hands a chunk to the neighbour's stage in the sender's own thread."""
+
+    peer: str
+    stages: list[Stage]
+    target: int
+
+    def push(self, chunk: bytes) -> Future[Receipt]:
+        answer: Future[Receipt] = Future()
+        answer.set_result(self.stages[self.target].receive(chunk))
+        return answer
+
+
+def equal_nodes(count: int) -> FleetCards:
+    """Return a fleet of `count` equal nodes with plenty of memory."""
+    times = PartTimes(layer_forward_s=0.1, layer_backward_s=0.2, embedding_s=0.01, head_s=0.1)
+    return FleetCards(
+        nodes=tuple(
+            NodeCard(
+                node=f"node-{i}",
+                host="here",
+                region="local",
+                device="CPU",
+                boundary_bytes=4,
+                memory_bytes=10**12,
+                times=times,
+            )
+            for i in range(count)
+        ),
+        links=(),
+    )
+
+
+class Pipeline:
+    """The stages of `config` with the commit decisions of a real run."""
+
+    def __init__(self, config: RunConfig, split: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        self._config = config
+        self._pool = pool
+        work = Workload(
+            model=config.model, batch=config.batch, schedule=config.plan.schedule, activation_checkpointing=False
+        )
+        plan_config = type(config.plan)(split=tuple(split), schedule=config.plan.schedule)
+        plan = make_plan(equal_nodes(len(split)), work, config.wire, plan_config)
+        self.stages: list[Stage] = []
+
+        def carrier_to(stage: int) -> Carrier:
+            return DirectCarrier(f"stage {stage}", self.stages, stage)
+
+        for stage in range(len(split)):
+            assignment = Assignment(
+                run=config.name,
+                generation=0,
+                plan=plan,
+                stage=stage,
+                peers=tuple(card.node for card in plan.stages),
+                model=config.model,
+                batch=config.batch,
+                optim=config.optim,
+                timeouts=config.timeouts,
+                data=config.data,
+                seed=config.seed,
+                activation_checkpointing=config.train.activation_checkpointing,
+            )
+            self.stages.append(Stage(assignment, carrier_to))
+        self.state = RunState(step=0, generation=1)
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self._commit: Commit | None = None
+
+    def load(self, checkpoint: CheckpointRef | None = None, step: int = 0) -> None:
+        order = LoadOrder(run=self._config.name, generation=1, step=step, checkpoint=checkpoint)
+        self._all("load", order)
+        self.state = RunState(step=step, generation=1)
+
+    def run(self, num_steps: int) -> None:
+        """Run steps, then commit the last one."""
+        for _ in range(num_steps):
+            reports = self._all("step", self._order(run_step=True))
+            outcome = summarise(tuple(reports))
+            self.state, decision = on_step_done(
+                self.state, outcome, self._config.guard, self._config.optim, self._config.train.steps
+            )
+            assert isinstance(decision, CommitStep)
+            self._commit = decision.commit
+            self.losses.append(outcome.loss)
+            self.grad_norms.append(outcome.grad_norm)
+        self._all("step", self._order(run_step=False))
+        self._commit = None
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for stage in self.stages for name, p in stage.parameters.items()}
+
+    def close(self) -> None:
+        for stage in self.stages:
+            stage.close()
+
+    def _order(self, *, run_step: bool) -> StepOrder:
+        return StepOrder(
+            run=self._config.name,
+            generation=self.state.generation,
+            step=self.state.step,
+            commit=self._commit,
+            run_step=run_step,
+        )
+
+    def _all(self, method: str, order: object) -> list:
+        calls = [self._pool.submit(getattr(stage, method), order) for stage in self.stages]
+        return [call.result(timeout=60) for call in calls]
+
+
+@contextmanager
+def open_pipeline(config: RunConfig, split: Sequence[int]) -> Iterator[Pipeline]:
+    """Build the stages of a run in this process; each call of a method runs them on a thread each."""
+    with ThreadPoolExecutor(len(split)) as pool:
+        pipeline = Pipeline(config, split, pool)
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
