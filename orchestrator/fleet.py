@@ -1,13 +1,15 @@
 """Ray's nodes as ours: start or join a cluster, put a NodeActor on each, call them with deadlines.
 
-The only module of the control plane that talks to Ray. Errors leave it as ours: PeerLost for a node that died,
+The one module of the control plane, beside `orchestrator.trainjob`, that talks to Ray. Errors leave it as ours: PeerLost for a node that died,
 PeerTimeout for one that did not answer, and the stage's own error as the stage raised it.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +131,7 @@ class Crew:
                     "isthmus doctor shows what is wrong with a node; or raise that deadline under timeouts",
                 )
             for ref in done:
-                answers[refs[ref]] = self._answer(ref, refs[ref])
+                answers[refs[ref]] = answer_of(ref, refs[ref])
         return tuple(answers[node] for node in nodes)
 
     def tell(self, nodes: Sequence[str], method: str, order: object) -> None:
@@ -143,19 +145,6 @@ class Crew:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors.clear()
-
-    def _answer(self, ref: Any, node: str) -> Any:
-        """Return an answer, or raise Ray's error as ours."""
-        try:
-            return ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, IsthmusError):
-                raise error.cause from None
-            raise StageError(f"{node} failed: {error.cause!r}", "its log has the traceback") from error
-        except ray.exceptions.ActorUnavailableError as error:
-            raise PeerTimeout(f"{node} cannot be reached", "check that node and its link") from error
-        except ray.exceptions.RayActorError as error:
-            raise PeerLost(f"{node} is gone: {_first_line(error)}", "it is replaced where its machine lives") from error
 
     def _answers(self, node: str) -> bool:
         try:
@@ -185,24 +174,44 @@ class Crew:
         return tuple(cards)
 
 
+def answer_of(ref: Any, node: str) -> Any:
+    """Return the answer of a call that `node` has ended, or raise Ray's error as ours."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, IsthmusError):
+            raise error.cause from None
+        raise StageError(f"{node} failed: {error.cause!r}", "its log has the traceback") from error
+    except ray.exceptions.ActorUnavailableError as error:
+        raise PeerTimeout(f"{node} cannot be reached", "check that node and its link") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        raise PeerLost(f"{node} is gone: {first_line(error)}", "it is replaced where its machine lives") from error
+
+
 @contextmanager
-def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: TimeoutConfig) -> Iterator[Crew]:
+def open_ray(address: str | None) -> Iterator[None]:
     """Join the cluster at `address`, or start Ray on this machine; on leaving end what was started."""
-    embedded = address is None
     # Under /tmp for a short path: the names of Unix sockets have a limit.
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir="/tmp")) if embedded else None
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir="/tmp")) if address is None else None
     try:
         _init_ray(address, folder)
-        crew = Crew(run, _slots(config, embedded=embedded), timeouts)
+        yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: TimeoutConfig) -> Iterator[Crew]:
+    """Open Ray and put a crew on its nodes; on leaving end both."""
+    with open_ray(address):
+        crew = Crew(run, _slots(config, embedded=address is None), timeouts)
         crew.start()
         try:
             yield crew
         finally:
             crew.stop()
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _init_ray(address: str | None, folder: Path | None) -> None:
@@ -214,7 +223,7 @@ def _init_ray(address: str | None, folder: Path | None) -> None:
         ray.init(address=address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise FleetError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            f"no Ray cluster answers at {address}: {first_line(error)}",
             "check --address and RAY_AUTH_TOKEN, or leave --address out to train on this machine",
         ) from error
 
@@ -239,22 +248,27 @@ def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:
 
 
 def _slot(config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int) -> Slot:
-    labels = ray_node["Labels"]
-    region = labels.get("region", "local")
-    price = config.region_prices.get(region, config.price_per_hour)
-    try:
-        price = float(labels.get("price", price))
-    except ValueError as error:
-        raise FleetError(f"a node's Ray label price is {labels['price']!r}", "make it dollars an hour") from error
+    region, price_per_hour = region_and_price(config, ray_node["Labels"])
     return Slot(
         node=name,
         ray_node_id=ray_node["NodeID"],
         region=region,
-        price_per_hour=price,
+        price_per_hour=price_per_hour,
         num_gpus=num_gpus,
         num_threads=num_threads,
     )
 
 
-def _first_line(error: Exception) -> str:
+def region_and_price(config: FleetConfig, labels: Mapping[str, str]) -> tuple[str, float]:
+    """Return where a node is and its dollars an hour, by its Ray labels, else by the configuration."""
+    region = labels.get("region", "local")
+    price = labels.get("price", config.region_prices.get(region, config.price_per_hour))
+    try:
+        return region, float(price)
+    except ValueError as error:
+        raise FleetError(f"a node's Ray label price is {price!r}", "make it dollars an hour") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of Ray's says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
