@@ -130,6 +130,11 @@ class StageEngine:
             )
         if not commit.skip:
             grads = [param.grad for param in self.params.values() if param.grad is not None]
+            if not grads or self._in_flight:
+                raise StageError(
+                    f"the commit of step {commit.step} came to a stage that has not run it to its end",
+                    "load every stage from one checkpoint",
+                )
             if commit.clip_scale != 1.0:
                 _foreach_mul_(grads, commit.clip_scale)
             for group in self.optimizer.param_groups:

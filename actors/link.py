@@ -20,12 +20,12 @@ from typing import Protocol
 import torch
 
 from actors.codecs import Codec
-from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout
+from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.frame import FrameHeader, run_id, split_frame, wire_bytes
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
 from actors.spec import Kind, LinkCount
 
-# How soon a chunk goes out again where the peer had no room, or the call failed.
+# How soon a chunk goes out again where the peer had no room, or the chunk came damaged or not at all.
 _BUSY_RETRY_S = 0.02
 _ERROR_RETRY_S = 0.5
 
@@ -36,7 +36,10 @@ class Carrier(Protocol):
     peer: str
 
     def push(self, chunk: bytes) -> Future[Receipt]:
-        """Start sending; the future gives the peer's receipt, or PeerLost, or any IsthmusError worth a repeat."""
+        """Start sending; the future gives the peer's receipt, or PeerLost, or any IsthmusError worth a repeat.
+
+        What `push` itself raises is final.
+        """
         ...
 
 
@@ -77,15 +80,20 @@ class _Pending:
 
     kind: Kind
     chunk: bytes
-    first_s: float
+    # When to give up on the peer, and when to act next.
+    give_up_s: float
     due_s: float
     attempt: int = 0
+    # The last answer, where it was not a good one.
+    trouble: str = "it answers nothing"
 
 
 class Link:
-    """An outbox to one peer. `send` returns at once; failures reach `on_failure` from the outbox thread."""
+    """An outbox to one peer. `send` returns at once; `on_failure(generation, error)` is called from its thread."""
 
-    def __init__(self, settings: LinkSettings, carrier: Carrier, on_failure: Callable[[IsthmusError], None]) -> None:
+    def __init__(
+        self, settings: LinkSettings, carrier: Carrier, on_failure: Callable[[int, IsthmusError], None]
+    ) -> None:
         self._settings = settings
         self._carrier = carrier
         self._on_failure = on_failure
@@ -152,17 +160,26 @@ class Link:
                 total[index] += amount
 
     def _loop(self) -> None:
-        while not isinstance(message := self._next_message(), _Close):
-            try:
-                if isinstance(message, _Send):
-                    self._enqueue(message)
-                elif isinstance(message, _Answer):
-                    self._settle(message)
-                self._repeat_due()
-                self._fill_window()
-            except IsthmusError as error:
-                self._drop_all()
-                self._on_failure(error)
+        try:
+            while not isinstance(message := self._next_message(), _Close):
+                self._handle(message)
+        except Exception as error:
+            # A thread that dies in silence would leave the peer, and the step, to wait for their deadlines.
+            broke = StageError(f"the outbox to {self._carrier.peer} broke: {error!r}", "see this node's log")
+            self._on_failure(self._generation, broke)
+            raise
+
+    def _handle(self, message: _Send | _Answer | None) -> None:
+        try:
+            if isinstance(message, _Send):
+                self._enqueue(message)
+            elif isinstance(message, _Answer):
+                self._settle(message)
+            self._repeat_due()
+            self._fill_window()
+        except IsthmusError as error:
+            self._drop_all()
+            self._on_failure(self._generation, error)
 
     def _next_message(self) -> _Send | _Answer | _Close | None:
         """Return the next message, or None when a chunk is due to be repeated."""
@@ -192,7 +209,7 @@ class Link:
             self._waiting.popleft()
             now_s = time.monotonic()
             self._num_pushed += 1
-            pending = _Pending(kind, chunk, first_s=now_s, due_s=now_s)
+            pending = _Pending(kind, chunk, give_up_s=now_s + self._settings.give_up_s, due_s=now_s)
             self._pending[self._num_pushed] = pending
             self._in_flight_bytes += size
             self._push(self._num_pushed, pending)
@@ -201,7 +218,7 @@ class Link:
         pending.attempt += 1
         if pending.attempt > 1:
             self._count(pending.kind, wire=len(pending.chunk))
-        pending.due_s = time.monotonic() + self._settings.ack_s
+        pending.due_s = min(time.monotonic() + self._settings.ack_s, pending.give_up_s)
         attempt = pending.attempt
 
         def settled(future: Future[Receipt]) -> None:
@@ -225,14 +242,17 @@ class Link:
         answer = message.answer
         if isinstance(answer, PeerLost):
             raise answer
+        now_s = time.monotonic()
         if isinstance(answer, IsthmusError):
-            pending.due_s = time.monotonic() + _ERROR_RETRY_S
+            pending.trouble = str(answer)
+            pending.due_s = now_s + _ERROR_RETRY_S
+        elif answer.verdict is Verdict.CORRUPT:
+            pending.trouble = answer.reason
+            pending.due_s = now_s + _ERROR_RETRY_S
         elif answer.verdict is Verdict.BUSY:
             # No room is the peer's own pace, not a fault: its clock starts anew.
-            pending.first_s = time.monotonic()
-            pending.due_s = time.monotonic() + _BUSY_RETRY_S
-        elif answer.verdict is Verdict.CORRUPT:
-            pending.due_s = time.monotonic()
+            pending.give_up_s = now_s + self._settings.give_up_s
+            pending.due_s = now_s + _BUSY_RETRY_S
         elif answer.verdict is Verdict.REFUSED:
             raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
         else:
@@ -240,14 +260,15 @@ class Link:
             self._in_flight_bytes -= len(pending.chunk)
 
     def _repeat_due(self) -> None:
-        """Push again what was not acknowledged in time; give up on a peer that answers nothing for long."""
+        """Push again what was not acknowledged in time; give up on a peer that takes nothing for long."""
         now_s = time.monotonic()
         for number, pending in list(self._pending.items()):
             if pending.due_s > now_s:
                 continue
-            if now_s - pending.first_s > self._settings.give_up_s:
+            if now_s >= pending.give_up_s:
                 raise PeerTimeout(
-                    f"{self._carrier.peer} acknowledged nothing for {self._settings.give_up_s:.0f} s",
+                    f"{self._carrier.peer} did not take a frame within {self._settings.give_up_s:g} s: "
+                    f"{pending.trouble}",
                     "check that node and its link, or raise timeouts.frame_s",
                 )
             self._push(number, pending)

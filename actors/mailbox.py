@@ -4,7 +4,8 @@
     schedule -> take(kind, microbatch)         one thread, in microbatch order
 
 Nothing but what the plan foresees gets in: an `Expectation` for each kind fixes sender, codec, dtype, shape and size.
-Memory is bounded by a window: of each kind, microbatches from the next needed one up to `window` beyond it.
+Memory is bounded: of each kind there are at most `window` frames of the open step, from the next needed one on, and as
+many of one step ahead.
 """
 
 from __future__ import annotations
@@ -126,20 +127,21 @@ class Mailbox:
             self._generation, self._step = generation, step
             self._failure = None
             self._taken = {}
-            self._partial = {key: a for key, a in self._partial.items() if key[:2] >= (generation, step)}
-            self._ready = {key: t for key, t in self._ready.items() if key[:2] >= (generation, step)}
+            self._forget_before(generation, step)
 
     def abort(self, generation: int) -> None:
         """End every generation up to this one; whoever waits for its frames gets StepAborted."""
         with self._changed:
             self._ended_generation = max(self._ended_generation, generation)
+            self._forget_before(self._ended_generation + 1, 0)
             self._changed.notify_all()
 
-    def fail(self, error: IsthmusError) -> None:
-        """Make the current step fail: a link of this stage did."""
+    def fail(self, generation: int, error: IsthmusError) -> None:
+        """Make the open step fail: a link of this stage did, with frames of this generation; an old one matters not."""
         with self._changed:
-            self._failure = error
-            self._changed.notify_all()
+            if generation >= self._generation:
+                self._failure = error
+                self._changed.notify_all()
 
     def offer(self, chunk: bytes | memoryview) -> Receipt:
         """Take one chunk from a peer; never raises for what the chunk holds."""
@@ -161,10 +163,9 @@ class Mailbox:
                 return Receipt(Verdict.ACCEPTED)
             del self._partial[key]
             if not assembly.covers_payload():
-                return Receipt(Verdict.CORRUPT, f"the chunks of {_name(key)} overlap")
+                return Receipt(Verdict.REFUSED, f"the chunks of {_name(key)} overlap")
             self._ready[key] = None
-        self._decode(key, header, assembly.payload)
-        return Receipt(Verdict.ACCEPTED)
+        return self._decode(key, header, assembly.payload)
 
     def take(self, kind: Kind, microbatch: int, *, timeout_s: float, monotonic: Callable[[], float]) -> torch.Tensor:
         """Return the decoded tensor of one microbatch, waiting for it at most `timeout_s`.
@@ -203,7 +204,9 @@ class Mailbox:
             names = ("run", "target", "source", "codec", "dtype", "shape")
             wrong = [f"{n} {a} is not {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
             raise _unexpected(f"a {header.kind.name} frame came whose {', '.join(wrong)}")
-        if header.frame_bytes != expected.frame_bytes or header.microbatch >= self._num_microbatches:
+        # An evaluation may have more microbatches than a step; the window bounds those.
+        is_beyond = header.kind is not Kind.EVAL_ACTIVATION and header.microbatch >= self._num_microbatches
+        if header.frame_bytes != expected.frame_bytes or is_beyond:
             raise _unexpected(
                 f"microbatch {header.microbatch} of {header.frame_bytes} bytes came; the plan has "
                 f"{self._num_microbatches} microbatches of {expected.frame_bytes} bytes"
@@ -222,6 +225,8 @@ class Mailbox:
             return Verdict.DUPLICATE
         if microbatch >= next_needed + self._expected[kind].window or step > self._step + 1:
             return Verdict.BUSY
+        if not is_current and self._moments_ahead(kind) - {(generation, step)}:
+            return Verdict.BUSY
         assembly = self._partial.get(key)
         if assembly is None:
             return Verdict.ACCEPTED
@@ -229,14 +234,31 @@ class Mailbox:
             return Verdict.DUPLICATE
         return Verdict.ACCEPTED if header.num_chunks == assembly.num_chunks else Verdict.REFUSED
 
-    def _decode(self, key: _Key, header: FrameHeader, payload: bytearray) -> None:
+    def _moments_ahead(self, kind: Kind) -> set[tuple[int, int]]:
+        """Return the (generation, step) of the frames here that are ahead of the open step; the lock is held."""
+        held = {key[:2] for key in (*self._partial, *self._ready) if key[2] is kind}
+        return held - {(self._generation, self._step)}
+
+    def _forget_before(self, generation: int, step: int) -> None:
+        """Drop the frames of earlier steps; the lock is held."""
+        self._partial = {key: a for key, a in self._partial.items() if key[:2] >= (generation, step)}
+        self._ready = {key: t for key, t in self._ready.items() if key[:2] >= (generation, step)}
+
+    def _decode(self, key: _Key, header: FrameHeader, payload: bytearray) -> Receipt:
         """Decode outside the lock, so that other chunks come in meanwhile."""
         codec = CODECS[self._expected[header.kind].codec]
-        tensor = codec.decode(memoryview(payload), header.shape, TORCH_DTYPES[header.dtype])
+        try:
+            tensor = codec.decode(memoryview(payload), header.shape, TORCH_DTYPES[header.dtype])
+        except FrameCorrupt as error:
+            # Every checksum held, so it was sent like this: to repeat it would not help.
+            with self._changed:
+                self._ready.pop(key, None)
+            return Receipt(Verdict.REFUSED, str(error))
         with self._changed:
             if key in self._ready:
                 self._ready[key] = tensor
                 self._changed.notify_all()
+        return Receipt(Verdict.ACCEPTED)
 
 
 def _name(key: _Key) -> str:

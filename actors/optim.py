@@ -41,6 +41,11 @@ class OptimConfig:
             raise ConfigError(f"optim.min_lr_ratio is {self.min_lr_ratio}", "set it between 0 and 1")
         if not 0 < self.decay_ratio <= 1:
             raise ConfigError(f"optim.decay_ratio is {self.decay_ratio}", "set it above 0, up to 1")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1) or self.eps < 0:
+            raise ConfigError(
+                f"optim has beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}",
+                "set optim.beta1 and optim.beta2 to 0 or more and below 1, optim.eps to 0 or more",
+            )
         if self.warmup_steps < 0 or self.clip_norm < 0 or self.weight_decay < 0:
             raise ConfigError(
                 "one of optim.warmup_steps, optim.clip_norm, optim.weight_decay is negative",

@@ -35,6 +35,12 @@ class BlobMissing(StoreError):
     """The store has no blob of this key."""
 
 
+class BucketMissing(StoreError):
+    """The store's URL names a bucket that is not there: the user's error, where other refusals are the store's."""
+
+    exit_code = 2
+
+
 class BlobStore(Protocol):
     """A flat map of keys ("step-00000100/head.safetensors") to bytes; a reader sees a blob whole or not at all.
 
@@ -347,7 +353,8 @@ class S3Store(BlobStore):
             yield
         except self._failures as error:
             cause, remedy = _s3_cause(error, self._client.meta.endpoint_url)
-            raise StoreError(f"{self.url}: could not {doing} {key}: {cause}", remedy) from error
+            kind = BucketMissing if isinstance(error, self._refusal) and _code(error) == "NoSuchBucket" else StoreError
+            raise kind(f"{self.url}: could not {doing} {key}: {cause}", remedy) from error
 
 
 _NO_OBJECT = ("404", "NoSuchKey")

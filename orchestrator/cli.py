@@ -10,8 +10,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,96 +22,178 @@ from actors.errors import IsthmusError, UserError
 from orchestrator.environment import prepare_environment
 
 _OVERLAYS = "*.yaml files, merged left to right, then a.b=c"
+_PREPARE_EXAMPLE = "data prepare 'corpus/*.jsonl.gz' --out data/corpus --vocab-size 32000"
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; errors are one line and a remedy."""
-    arguments = _parser().parse_args(argv)
-    # A pipe has no width of its own: a line is never folded.
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    arguments = _parse(argv)
+    # A pipe has no width of its own: a line is never folded. A path may look like markup, so there is none.
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     prepare_environment(getattr(arguments, "address", None))
     try:
         return arguments.run(arguments, console)
-    except IsthmusError as error:
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        errors.print(f"isthmus: {error.message}", style="red", markup=False)
-        if error.remedy:
-            errors.print(f"  remedy: {error.remedy}", markup=False)
-        return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
+    except (IsthmusError, OSError) as error:
+        if os.environ.get("ISTHMUS_TRACEBACK"):
+            raise
+        if isinstance(error, IsthmusError):
+            return _complain(error.message, error.remedy, error.exit_code)
+        _drop_output()
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _complain(named, "see that it is there, may be used, and has room; ISTHMUS_TRACEBACK=1 says where", 1)
+
+
+def _complain(message: str, remedy: str, exit_code: int) -> int:
+    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    errors.print(f"isthmus: {_one_line(message)}", style="red")
+    if remedy:
+        errors.print(f"  remedy: {_one_line(remedy)}")
+    return exit_code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _drop_output() -> None:
+    """Send what standard output still holds nowhere: should it be what failed, it would fail again at exit."""
+    # Where it is no file, as under a test, there is nothing to drop.
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no words after an option that stands among them: train a.yaml --address auto b.c=1
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words += rest
+    return arguments
+
+
+class _Version(argparse.Action):
+    """Prints the version when asked, and not before: looking it up takes a moment."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            found = version("isthmus")
+        except PackageNotFoundError:
+            found = "(not installed: running from its source)"
+        print(f"isthmus {found}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="isthmus", description="Train one language model on GPUs in many places.")
+    parser = argparse.ArgumentParser(
+        prog="isthmus",
+        description="Train one language model on GPUs in many places.",
+        epilog="`isthmus VERB --help` has a verb's options and an example; begin with `isthmus demo`.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    demo = verbs.add_parser("demo", help="prepare data, train a small model in 4 stages here, sample from it")
-    demo.add_argument("words", nargs="*", metavar="a.b=c", help="changes to conf/demo.yaml")
-    demo.set_defaults(run=_demo)
-
-    for name, run, text in (
-        ("train", _train, "start a run, or go on with the one of that name"),
-        ("plan", _plan, "probe the fleet and print the plan, without training"),
-        ("baseline", _baseline, "run the same recipe centralised, through Ray Train"),
-    ):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("words", nargs="+" if name != "plan" else "*", metavar="CONFIG", help=_OVERLAYS)
-        verb.add_argument(
-            "--address",
-            default=os.environ.get("RAY_ADDRESS"),
-            help="a running Ray cluster, or 'auto'; else this machine",
-        )
+    def add(name: str, run: Callable[[argparse.Namespace, Console], int], text: str, example: str):
+        verb = verbs.add_parser(name, help=text, **_page(text, example))
         verb.set_defaults(run=run)
+        return verb
 
-    data = verbs.add_parser("data", help="prepare: text to token shards").add_subparsers(
-        required=True, metavar="prepare"
+    demo = add("demo", _demo, "prepare data, train a small model in 4 stages here, sample from it", "demo")
+    demo.add_argument("words", nargs="*", metavar="a.b=c", help="changes to conf/demo.yaml")
+
+    for name, run, text, example in (
+        ("train", _train, "start a run, or go on with the one of that name", "train conf/demo.yaml train.steps=240"),
+        ("plan", _plan, "probe the fleet and print the plan, without training", "plan conf/demo.yaml fleet.nodes=2"),
+        ("baseline", _baseline, "run the same recipe centralised, through Ray Train", "baseline conf/demo.yaml"),
+    ):
+        verb = add(name, run, text, example)
+        verb.add_argument("words", nargs="+" if name != "plan" else "*", metavar="CONFIG", help=_OVERLAYS)
+        _add_address(verb, "a running Ray cluster, or 'auto'; else this machine (default: RAY_ADDRESS)")
+
+    data_text = "prepare: text to token shards"
+    data = verbs.add_parser("data", help=data_text, **_page(data_text, _PREPARE_EXAMPLE))
+    _add_prepare(data.add_subparsers(required=True, metavar="prepare"))
+
+    doctor = add(
+        "doctor",
+        _doctor,
+        "check this machine, a cluster, a store, data: pass or fail, with the remedy",
+        "doctor --store s3://bucket/runs --data data/python-stdlib",
     )
-    prepare = data.add_parser("prepare", help="text, JSONL or Parquet to hashed token shards")
-    prepare.add_argument("inputs", nargs="+", help="files, folders, globs, s3:// prefixes, or python-stdlib")
-    prepare.add_argument("--out", required=True, help="a folder, or s3://bucket/prefix")
-    prepare.add_argument("--vocab-size", type=int, default=4096)
-    prepare.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
-    prepare.add_argument("--eos", help="that tokenizer's end-of-document token, where its name is unusual")
-    prepare.add_argument("--text-key", default="text", help="the JSONL key or Parquet column that holds the text")
-    prepare.add_argument("--val-fraction", type=float, default=0.02, help="the share of documents that is held out")
-    prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    prepare.add_argument("--force", action="store_true", help="replace other data in --out")
-    prepare.set_defaults(run=_prepare)
+    _add_address(doctor, "also check this Ray cluster, node by node (default: RAY_ADDRESS)")
+    doctor.add_argument("--store", metavar="URL", help="also check this folder or s3://bucket/prefix")
+    doctor.add_argument("--data", metavar="PATH", help="also check this prepared data, shard by shard")
 
-    doctor = verbs.add_parser("doctor", help="check this machine, a cluster, a store: pass or fail, with the remedy")
-    doctor.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="also check this Ray cluster")
-    doctor.add_argument("--store", help="also check this folder or s3://bucket/prefix")
-    doctor.add_argument("--data", help="also check this prepared data")
-    doctor.set_defaults(run=_doctor)
-
-    status = verbs.add_parser("status", help="what is running: stages, links, loss, tokens/s, bytes, money")
+    status = add("status", _status, "what is running: stages, links, loss, tokens/s, bytes, money", "status demo")
     status.add_argument("name", nargs="?", help="a run; without it, all of them")
     status.add_argument("--runs-dir", default="runs", type=Path)
-    status.set_defaults(run=_status)
 
-    export = verbs.add_parser("export", help="write a trained run as a Hugging Face folder")
-    export.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, such as runs/demo")
-    export.add_argument("out", type=Path)
+    export = add("export", _export, "write a trained run as a Hugging Face folder", "export runs/demo out/demo")
+    _add_run(export)
+    export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    export.set_defaults(run=_export)
 
-    generate = verbs.add_parser("generate", help="sample from a run's newest checkpoint")
-    generate.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, such as runs/demo")
-    generate.add_argument("--prompt", default="")
+    generate = add(
+        "generate", _generate, "sample from a run's newest checkpoint", "generate runs/demo --prompt 'class '"
+    )
+    _add_run(generate)
+    generate.add_argument("--prompt", default="", help="what the sample begins with")
     generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--top-k", type=int, default=50)
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int, default=1)
-    generate.set_defaults(run=_generate)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50, help="sample from this many of the likeliest tokens")
+    generate.add_argument("--top-p", type=float, default=0.95, help="... that together are this likely")
+    generate.add_argument("--seed", type=int, default=1, help="the same seed, the same sample")
 
-    report = verbs.add_parser("report", help="one page: curves, timeline, links, cost, and the baseline beside them")
-    report.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, such as runs/demo")
+    report = add(
+        "report", _report, "one page: curves, timeline, links, cost, and the baseline beside them", "report runs/demo"
+    )
+    _add_run(report)
     report.add_argument("--baseline", type=Path, help="the baseline's folder; RUN-baseline where there is one")
     report.add_argument("--out", type=Path, help="where the page goes; RUN/report.html")
-    report.set_defaults(run=_report)
     return parser
+
+
+def _add_prepare(verbs: Any) -> None:
+    """Add `data prepare`; the defaults of most of its options are those of `actors.prepare.prepare`."""
+    text = "text, JSONL or Parquet to hashed token shards"
+    verb = verbs.add_parser("prepare", help=text, **_page(text, _PREPARE_EXAMPLE))
+    verb.set_defaults(run=_prepare)
+    verb.add_argument("inputs", nargs="+", help="files, folders, globs, s3:// prefixes, or python-stdlib")
+    verb.add_argument("--out", required=True, help="a folder, or s3://bucket/prefix")
+    verb.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; as many as cores")
+    verb.add_argument("--force", action="store_true", help="replace other data in --out")
+
+    def add(flag: str, kind: Callable[[str], Any], text: str) -> None:
+        verb.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+    add("--vocab-size", int, "how many tokens the tokenizer that is trained knows")
+    add("--tokenizer", Path, "a tokenizer.json to use instead of training one")
+    add("--eos", str, "that tokenizer's end-of-document token, where its name is unusual")
+    add("--text-key", str, "the JSONL key or Parquet column that holds the text")
+    add("--val-fraction", float, "the share of documents that is held out")
+    add("--shard-tokens", int, "how many tokens a shard holds")
+    add("--train-bytes", int, "how much of the text the tokenizer is trained on")
+
+
+def _add_address(verb: argparse.ArgumentParser, text: str) -> None:
+    verb.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help=text)
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, such as runs/demo")
+
+
+def _page(text: str, example: str) -> dict[str, Any]:
+    """Return what frames a verb's help; raw, so that an example stays one line to copy."""
+    return {
+        "description": f"{text[0].upper()}{text[1:]}.",
+        "epilog": f"example:\n  isthmus {example}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> int:
@@ -134,12 +219,12 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.config import load_config
-    from orchestrator.controller import plan_fleet, resolve_model, save_plan
     from orchestrator.fleet import open_fleet
     from orchestrator.planview import render_plan
+    from orchestrator.recipe import plan_fleet, resolve, save_plan
     from orchestrator.runfolder import RunFolder
 
-    config = resolve_model(load_config(arguments.words))
+    config = resolve(load_config(arguments.words))
     with open_fleet(config.fleet, arguments.address, f"{config.name}-plan", config.timeouts) as crew:
         fleet, plan = plan_fleet(config, crew)
     folder = RunFolder.open(Path(config.runs_dir), config.name)
@@ -164,19 +249,14 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> int:
 
     from actors.prepare import prepare
 
-    with Progress(console=console, transient=True) as bar:
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "inputs", "out")}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tokenising", total=None)
         manifest = prepare(
             arguments.inputs,
             arguments.out,
-            vocab_size=arguments.vocab_size,
-            tokenizer=arguments.tokenizer,
-            eos=arguments.eos,
-            text_key=arguments.text_key,
-            val_fraction=arguments.val_fraction,
-            workers=arguments.workers,
-            force=arguments.force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+            progress=lambda done, total: bar.update(task, completed=done, total=total or None),
         )
     console.print(
         f"{manifest.num_tokens('train'):,} training and {manifest.num_tokens('val'):,} held-out tokens of "
@@ -190,7 +270,8 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> int:
 def _doctor(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.doctor import examine, render
 
-    findings = examine(address=arguments.address, store_url=arguments.store, data_path=arguments.data)
+    with console.status("looking; this takes less than a minute"):
+        findings = examine(address=arguments.address, store_url=arguments.store, data_path=arguments.data)
     console.print(render(findings))
     return 0 if all(finding.passed for finding in findings) else 1
 
@@ -230,7 +311,7 @@ def _generate(arguments: argparse.Namespace, console: Console) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    console.print(text, markup=False)
+    console.print(text)
     return 0
 
 
@@ -243,7 +324,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     if baseline is not None and not baseline.is_dir():
         raise UserError(f"there is no baseline in {baseline}", "make one with `isthmus baseline CONFIG`")
     page = write_report(folder, baseline, arguments.out or folder / "report.html")
-    console.print(summary_text(folder, baseline), markup=False)
+    console.print(summary_text(folder, baseline))
     console.print(f"the page is {page}")
     return 0
 

@@ -6,9 +6,10 @@ The one importer of omegaconf. After `load_config` only frozen dataclasses trave
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -58,12 +59,18 @@ class FleetConfig:
     region_prices: dict[str, float] = field(default_factory=dict[str, float])
     # How many bytes each link is probed with; 0: links are taken as near.
     probe_bytes: int = 1_000_000
+    # Equal workers of `isthmus baseline`, each with the whole model and an equal part of each step's microbatches.
+    baseline_workers: int = 1
 
     def __post_init__(self) -> None:
         if (self.nodes is not None and self.nodes < 1) or (self.threads is not None and self.threads < 1):
             raise ConfigError("fleet.nodes and fleet.threads must be 1 or more", "set them so, or leave them out")
         if self.price_per_hour < 0 or self.probe_bytes < 0:
             raise ConfigError("fleet.price_per_hour and fleet.probe_bytes must be 0 or more", "set them so")
+        if self.baseline_workers < 1:
+            raise ConfigError(
+                f"fleet.baseline_workers is {self.baseline_workers}", "set fleet.baseline_workers to 1 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,12 @@ class RunConfig:
                 f"batch.seq_len={self.batch.seq_len} exceeds model.max_positions={self.model.max_positions}",
                 "lower batch.seq_len or raise model.max_positions",
             )
+        if self.batch.num_microbatches % self.fleet.baseline_workers:
+            raise ConfigError(
+                f"fleet.baseline_workers={self.fleet.baseline_workers} do not share "
+                f"batch.num_microbatches={self.batch.num_microbatches} equally",
+                "set fleet.baseline_workers to a divisor of batch.num_microbatches",
+            )
         codec_for(self.wire.forward, TensorRole.ACTIVATION, "wire.forward")
         codec_for(self.wire.backward, TensorRole.GRADIENT, "wire.backward")
 
@@ -111,21 +124,22 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
     Raises ConfigError for an unknown key, with the nearest name; for a value of the wrong type; for a missing file.
     """
-    layers = [OmegaConf.structured(RunConfig)]
-    dotlist: list[str] = []
-    for word in words:
-        if "=" in word:
-            dotlist.append(word)
-        elif word.endswith((".yaml", ".yml")):
-            layers.append(_read_overlay(Path(word)))
-        else:
-            raise ConfigError(f"{word!r} is neither a *.yaml file nor key=value", "see `isthmus train --help`")
+    merged = OmegaConf.structured(RunConfig)
+    # One by one, so that what cannot be merged can be named.
+    for word in sorted(words, key=lambda word: "=" in word):
+        try:
+            merged = OmegaConf.merge(merged, _read_dotlist(word) if "=" in word else _read_overlay(word))
+        # TypeError: a list where keys are wanted.
+        except (OmegaConfBaseException, TypeError) as error:
+            line = _first_line(error)
+            named = line.startswith(word.partition("=")[0] or "=")
+            raise ConfigError(line if named else f"{word}: {line}", _SEE_KEYS) from error
     try:
-        merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(dotlist))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error), "see the keys in conf/ and docs/design.md") from error
+        raise ConfigError(_first_line(error), _SEE_KEYS) from error
     assert isinstance(config, RunConfig)
+    _require_finite(asdict(config))
     return config
 
 
@@ -140,20 +154,42 @@ def parse_config(text: str) -> RunConfig:
 
 
 _OTHER_RELEASE = "use the release of Isthmus that wrote it"
+_SEE_KEYS = "correct it; conf/demo.yaml shows the usual keys, docs/design.md all of them"
 
 
-def _read_overlay(path: Path) -> object:
+def _read_dotlist(word: str) -> object:
     try:
-        return OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "name a file under conf/, or your own") from error
+        return OmegaConf.from_dotlist([word])
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_first_line(error)}", "mend that line") from error
+        raise ConfigError(f"the value in {word!r} is not YAML: {_first_line(error)}", "quote it, or mend it") from error
+
+
+def _read_overlay(word: str) -> object:
+    if not word.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{word!r} is neither a *.yaml file nor key=value", "see `isthmus train --help`")
+    try:
+        return OmegaConf.load(word)
+    except OSError as error:
+        raise ConfigError(f"{word} cannot be read: {error.strerror}", "name a file under conf/, or your own") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{word} is not YAML: {_first_line(error)}", "mend that line") from error
+
+
+def _require_finite(values: dict[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _require_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{key} is {value}", f"set {prefix}{key} to a finite number")
 
 
 def _first_line(error: Exception) -> str:
-    """Return what went wrong and with which key, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return what went wrong and where, on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    # OmegaConf leaves its own placeholders in what it says of an element of a list.
+    text = str(error).replace("'$VALUE' of type '$VALUE_TYPE' ", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
     return f"{keys[0]}: {lines[0]}" if keys else lines[0]
 

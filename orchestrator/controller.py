@@ -1,6 +1,6 @@
 """The story of a run: open, probe, plan, place, load; then step by step until done; commit, save, close.
 
-    train -> _Run.start -> _Run.steps: [evaluate] -> run step -> judge -> (commit rides on the next order) ...
+    train -> start -> steps: [evaluate] -> run step -> judge -> (the commit rides on the next order) ... -> close
                                             |-> failed: retry, or rebuild from the newest checkpoint, or stop
 
 Decisions are `lifecycle`'s; this module acts on them. It never touches a tensor.
@@ -8,11 +8,11 @@ Decisions are `lifecycle`'s; this module acts on them. It never touches a tensor
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,28 +20,32 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from actors.errors import CheckpointCorrupt, CheckpointError, DataError, IsthmusError, PeerError, PeerLost, StageError
-from actors.model.huggingface import read_spec
+from actors.errors import (
+    CheckpointCorrupt,
+    DiskFull,
+    IsthmusError,
+    PeerError,
+    PeerLost,
+    StageError,
+    StoreError,
+)
 from actors.spec import (
     CheckpointRef,
     Commit,
     EvalOrder,
-    Fleet,
     LoadOrder,
-    Plan,
-    ProbeOrder,
     SaveOrder,
     StepOrder,
     StepReport,
 )
 from actors.store import check_store, open_store
-from actors.token_shards import DataManifest
 from orchestrator.checkpoints import CheckpointLedger, Manifest, require_compatible
 from orchestrator.config import RunConfig
 from orchestrator.events import encode
 from orchestrator.fleet import Crew, open_fleet
 from orchestrator.lifecycle import (
     CommitStep,
+    History,
     Rebuild,
     RunState,
     StepFailed,
@@ -52,9 +56,8 @@ from orchestrator.lifecycle import (
     on_step_failed,
     summarise,
 )
-from orchestrator.planner.cost import Workload
-from orchestrator.planner.plan import make_plan
 from orchestrator.progress import Progress
+from orchestrator.recipe import checkpoint_url, plan_fleet, require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord
 from orchestrator.runfolder import RunFolder, write_atomic
 from orchestrator.saving import Saving
@@ -72,96 +75,77 @@ class RunResult:
     val_loss: float | None
 
 
-def resolve_model(config: RunConfig) -> RunConfig:
-    """Return the configuration with the shape of the model that training starts from, where it names one."""
-    if config.model.init_from is None:
-        return config
-    spec = read_spec(Path(config.model.init_from), untie=config.model.untie)
-    return replace(config, model=spec)
-
-
-def require_data(config: RunConfig) -> DataManifest:
-    """Return the manifest of the data; DataError where its vocabulary is not the model's."""
-    data = DataManifest.load(config.data.path)
-    if data.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{config.data.path} has a vocabulary of {data.vocab_size} tokens, the model of {config.model.vocab_size}",
-            f"set model.vocab_size={data.vocab_size}",
-        )
-    return data
-
-
-def plan_fleet(config: RunConfig, crew: Crew) -> tuple[Fleet, Plan]:
-    """Probe the fleet on this model and plan for it."""
-    fleet = crew.probe(ProbeOrder(model=config.model, batch=config.batch), config.fleet.probe_bytes)
-    work = Workload(
-        model=config.model,
-        batch=config.batch,
-        schedule=config.plan.schedule,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
-    return fleet, make_plan(fleet, work, config.wire, config.plan)
-
-
-def save_plan(folder: RunFolder, plan: Plan, fleet: Fleet) -> None:
-    """Write the plan, and the fleet that it was made for, into the run's folder."""
-    write_atomic(folder.plan, json.dumps(encode(plan), indent=1))
-    write_atomic(folder.fleet, json.dumps(encode(fleet), indent=1))
-
-
-def checkpoint_url(config: RunConfig) -> str:
-    """Return where the run's checkpoints lie: its own folder, or its own place under checkpoints.url."""
-    if config.checkpoints.url is None:
-        return str(RunFolder(Path(config.runs_dir) / config.name).checkpoints.resolve())
-    return f"{config.checkpoints.url.rstrip('/')}/{config.name}"
-
-
 def train(config: RunConfig, *, address: str | None, console: Console, interrupted: Callable[[], bool]) -> RunResult:
     """Train, or go on with, the run that `config` names, until its last step or until `interrupted` says so."""
-    config = resolve_model(config)
+    config = resolve(config)
     data = require_data(config)
     folder = RunFolder.open(Path(config.runs_dir), config.name)
     with folder.lock():
         ledger = CheckpointLedger(open_store(checkpoint_url(config)))
         check_store(ledger.store)
+        past = _Past(config, ledger, sha256(data.to_json()).hexdigest())
+        past.find_newest()
+        # Only now: a configuration that does not fit the checkpoints leaves the run as it was.
         write_atomic(folder.config, config.yaml)
         with open_fleet(config.fleet, address, config.name, config.timeouts) as crew:
-            run = _Run(config, folder, crew, ledger, sha256(data.to_json()).hexdigest(), console)
+            run = _Run(config, folder, crew, past, console)
             try:
                 run.start()
-                run.steps(interrupted)
-                result = run.finish()
+                result = run.steps(interrupted)
             except IsthmusError as error:
                 run.fail(error)
             run.tracker.finish(0)
             return result
 
 
+@dataclass
+class _Past:
+    """The checkpoints that a run may go on from, and which of them is the newest to use."""
+
+    config: RunConfig
+    ledger: CheckpointLedger
+    data_sha256: str
+    newest: Manifest | None = None
+    # What was found bad, until someone has told it.
+    bad: list[str] = field(default_factory=list[str])
+
+    def find_newest(self, below: int | None = None) -> None:
+        """Look for the newest whole checkpoint; CheckpointError where it cannot be continued as configured."""
+        self.newest = self.ledger.newest_whole(
+            lambda checkpoint, error: self.bad.append(f"{checkpoint}: {error}"), below
+        )
+        if self.newest is not None:
+            config = self.config
+            require_compatible(
+                self.newest,
+                model=config.model,
+                batch=config.batch,
+                data_sha256=self.data_sha256,
+                seed=config.seed,
+            )
+
+    def load_order(self, generation: int) -> LoadOrder:
+        """Return the order to load the newest checkpoint, or to start from the beginning."""
+        newest = self.newest
+        if newest is None:
+            return LoadOrder(run=self.config.name, generation=generation, step=0)
+        ref = CheckpointRef(store_url=self.ledger.store.url, checkpoint=newest.checkpoint, files=newest.files)
+        return LoadOrder(run=self.config.name, generation=generation, step=newest.step, checkpoint=ref)
+
+
 class _Run:
     """One attempt at a run: from placing its stages to its last commit."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        crew: Crew,
-        ledger: CheckpointLedger,
-        data_sha256: str,
-        console: Console,
-    ) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, crew: Crew, past: _Past, console: Console) -> None:
         self._config = config
         self._folder = folder
         self._crew = crew
-        self._data_sha256 = data_sha256
-        self._ledger = ledger
-        # Told once there is someone to tell.
-        self._bad_checkpoints: list[str] = []
-        self._resumed = self._newest_compatible()
-        self._wandb_id = self._resumed.wandb_id if self._resumed else secrets.token_hex(4)
+        self._past = past
+        self._wandb_id = past.newest.wandb_id if past.newest else secrets.token_hex(4)
         self.tracker: Tracker = open_tracker(
             config.tracking, folder, run_id=self._wandb_id, console=console, clock=time.time
         )
-        self._saving = Saving(ledger, config.checkpoints.keep, self._tell)
+        self._saving = Saving(past.ledger, config.checkpoints.keep, self._tell)
         self._state = RunState(step=0, generation=0)
         self._progress = Progress(num_steps=config.train.steps)
         self._commit: Commit | None = None
@@ -175,10 +159,13 @@ class _Run:
         self.tracker.start(encode(self._config), plan)
         self._place()
 
-    def steps(self, interrupted: Callable[[], bool]) -> None:
-        """Run steps until the last one is done or someone wants to stop."""
-        while self._state.step < self._config.train.steps and not interrupted():
+    def steps(self, interrupted: Callable[[], bool]) -> RunResult:
+        """Run steps until the last one is done or someone wants to stop; leave a whole checkpoint behind."""
+        while True:
             try:
+                if self._is_done or interrupted():
+                    self._close()
+                    break
                 if self._evaluation_is_due():
                     self._settle()
                     self._evaluate()
@@ -187,29 +174,40 @@ class _Run:
                 self._recover(error)
             else:
                 self._judge(reports)
-
-    def finish(self) -> RunResult:
-        """Commit the last step, evaluate if the run is complete, and leave a whole checkpoint behind."""
-        done = self._state.step >= self._config.train.steps
-        save = self._save_order() if self._saving.newest_step != self._state.step else None
-        self._settle(save)
-        if done:
-            self._evaluate()
-        self._saving.collect(self._stages.flush())
-        if self._saving.newest_step != self._state.step:
-            raise CheckpointError(
-                f"the last checkpoint, of step {self._state.step}, could not be written",
-                f"mend the store, then start the run again: it goes on from step {max(0, self._saving.newest_step)}",
-            )
-        word = "finished" if done else "stopped"
+        self._require_saved()
+        word = "finished" if self._is_done else "stopped"
         self._tell(self._state.step, word, f"{self._state.step} of {self._config.train.steps} steps are committed")
-        return RunResult(folder=self._folder.path, step=self._state.step, finished=done, val_loss=self._last_val_loss)
+        return RunResult(
+            folder=self._folder.path, step=self._state.step, finished=self._is_done, val_loss=self._last_val_loss
+        )
 
     def fail(self, error: IsthmusError) -> NoReturn:
         """Record why the run ends, and pass the error on."""
-        self._tell(self._state.step, "failed", str(error))
-        self.tracker.finish(error.exit_code)
+        # A full disk, which may be the very error, must not hide it.
+        with suppress(DiskFull):
+            self._tell(self._state.step, "failed", str(error))
+        with suppress(DiskFull):
+            self.tracker.finish(error.exit_code)
         raise error
+
+    @property
+    def _is_done(self) -> bool:
+        return self._state.step >= self._config.train.steps
+
+    def _close(self) -> None:
+        """Commit the last step, save it, and look at the held-out loss where the run is complete."""
+        save = self._save_order() if self._saving.newest_step != self._state.step else None
+        self._settle(save)
+        if self._is_done:
+            self._evaluate()
+        self._saving.collect(self._stages.flush())
+
+    def _require_saved(self) -> None:
+        if self._saving.newest_step != self._state.step:
+            raise StoreError(
+                f"the last checkpoint, of step {self._state.step}, could not be written: {self._saving.last_failure}",
+                f"mend the store, then start the run again: it goes on from step {max(0, self._saving.newest_step)}",
+            )
 
     def _run_step(self) -> tuple[StepReport, ...]:
         every = self._config.checkpoints.every_steps
@@ -262,47 +260,40 @@ class _Run:
         fleet, plan = plan_fleet(self._config, self._crew)
         save_plan(self._folder, plan, fleet)
         self._stages = Stages(self._crew, plan, self._config)
-        self._resumed = self._newest_compatible()
+        self._past.find_newest()
         self._place()
 
     def _place(self) -> None:
         """Assign and load the stages: from the newest checkpoint that proves whole, else from the start."""
-        generation = self._state.generation + 1
-        if self._resumed is not None:
-            generation = max(generation, self._resumed.generation + 1)
+        newest_generation = self._past.newest.generation if self._past.newest else 0
+        generation = max(self._state.generation, newest_generation) + 1
         self._stages.assign(generation)
         while True:
-            manifest = self._resumed
-            self._state = replace(
-                self._state,
-                step=manifest.step if manifest else 0,
-                generation=generation,
-                history=manifest.history if manifest else RunState(step=0, generation=0).history,
-            )
-            order = LoadOrder(
-                run=self._config.name,
-                generation=generation,
-                step=self._state.step,
-                checkpoint=self._ref(manifest) if manifest else None,
-            )
+            order = self._past.load_order(generation)
             try:
                 self._stages.load(order)
                 break
             except CheckpointCorrupt as error:
-                assert manifest is not None
-                self._bad_checkpoints.append(str(error))
-                self._resumed = self._newest_compatible(below=manifest.step)
+                # A hash showed what sizes could not.
+                self._past.bad.append(str(error))
+                self._past.find_newest(below=order.step)
+        manifest = self._past.newest
+        history = manifest.history if manifest else History()
+        self._state = replace(self._state, step=order.step, generation=generation, history=history)
         self._commit = None
-        self._saving.newest_step = manifest.step if manifest else -1
+        self._saving.newest_step = order.step if manifest else -1
         self._progress = self._progress.rewound(
             tokens=manifest.tokens_trained if manifest else 0, dollars=manifest.dollars if manifest else 0.0
         )
-        for bad in self._bad_checkpoints:
+        self._tell_origin()
+
+    def _tell_origin(self) -> None:
+        for bad in self._past.bad:
             self._tell(self._state.step, "checkpoint_bad", bad)
-        self._bad_checkpoints.clear()
+        self._past.bad.clear()
         nodes = ", ".join(self._stages.nodes)
-        if manifest is not None:
-            self._tell(manifest.step, "resumed", f"from {manifest.checkpoint} on {nodes}")
+        if self._past.newest is not None:
+            self._tell(self._state.step, "resumed", f"from {self._past.newest.checkpoint} on {nodes}")
         else:
             self._tell(0, "started", f"{self._config.model.num_params:,} parameters on {nodes}")
 
@@ -354,7 +345,7 @@ class _Run:
             self._saving.collect(self._stages.flush())
         raise decision.error
 
-    def _save_order(self) -> SaveOrder:
+    def _save_order(self) -> SaveOrder | None:
         """Order a checkpoint of the weights as they are after the commit that goes out with it."""
         draft = partial(
             Manifest,
@@ -363,7 +354,7 @@ class _Run:
             generation=self._state.generation,
             model=self._config.model,
             batch=self._config.batch,
-            data_sha256=self._data_sha256,
+            data_sha256=self._past.data_sha256,
             seed=self._config.seed,
             tokens_trained=self._progress.total_tokens,
             history=self._state.history,
@@ -373,21 +364,6 @@ class _Run:
             wandb_id=self._wandb_id,
         )
         return self._saving.order(self._state.step, draft, len(self._stages.nodes))
-
-    def _newest_compatible(self, below: int | None = None) -> Manifest | None:
-        """Return the newest whole checkpoint; CheckpointError where it cannot be continued as configured."""
-        manifest = self._ledger.newest_whole(
-            lambda checkpoint, error: self._bad_checkpoints.append(f"{checkpoint}: {error}"), below
-        )
-        if manifest is not None:
-            config = self._config
-            require_compatible(
-                manifest, model=config.model, batch=config.batch, data_sha256=self._data_sha256, seed=config.seed
-            )
-        return manifest
-
-    def _ref(self, manifest: Manifest) -> CheckpointRef:
-        return CheckpointRef(store_url=self._ledger.store.url, checkpoint=manifest.checkpoint, files=manifest.files)
 
     def _track(self, reports: tuple[StepReport, ...], outcome: StepOutcome, decision: CommitStep) -> None:
         self._progress, record = self._progress.after(

@@ -20,6 +20,15 @@ RAY_SETTINGS: Mapping[str, str] = {
 REQUIRED_SETTINGS = ("RAY_max_direct_call_object_size", "RAY_task_rpc_inlined_bytes_limit")
 
 
+def unmet_settings(values: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the required settings that `values` lacks or holds too low, each with what is needed."""
+    return {
+        name: RAY_SETTINGS[name]
+        for name in REQUIRED_SETTINGS
+        if not (text := values.get(name, "")).isdecimal() or int(text) < int(RAY_SETTINGS[name])
+    }
+
+
 def prepare_environment(address: str | None) -> None:
     """Set what Ray reads at import, where the user has not; call it before anything imports ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

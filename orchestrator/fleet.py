@@ -1,13 +1,14 @@
 """Ray's nodes as ours: start or join a cluster, put a NodeActor on each, call them with deadlines.
 
-The one module of the control plane, beside `orchestrator.trainjob`, that talks to Ray. Errors leave it as ours: PeerLost for a node that died,
-PeerTimeout for one that did not answer, and the stage's own error as the stage raised it.
+The one module of the control plane that talks to Ray, beside the baseline's. Errors leave it as ours: PeerLost for a
+node that died, PeerTimeout for one that did not answer, and the stage's own error as the stage raised it.
 """
 
 from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -25,11 +26,12 @@ from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, Stage
 from actors.node import CONCURRENCY_GROUPS, NAMESPACE, NodeActor
 from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder, TimeoutConfig
 from orchestrator.config import FleetConfig
-from orchestrator.environment import RAY_SETTINGS, REQUIRED_SETTINGS
+from orchestrator.environment import REQUIRED_SETTINGS, unmet_settings
 
 _EMBEDDED_NODES = 4
 # Every pair of up to this many nodes is probed; of more, each node and the next.
 _MAX_ALL_PAIRS = 6
+_CONNECT_S, _MAX_PORT = 10.0, 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,12 @@ class Crew:
                 "free a GPU or set fleet.nodes lower; `ray status` shows who holds what",
             ) from error
         for node, found in zip(nodes, settings, strict=True):
-            for key, value in zip(REQUIRED_SETTINGS, found, strict=True):
-                if not value.isdecimal() or int(value) < int(RAY_SETTINGS[key]):
-                    raise FleetError(
-                        f"Ray on {node} runs with {key}={value or 'unset'}",
-                        f"start Ray on every node with {key}={RAY_SETTINGS[key]} (isthmus doctor prints all settings)",
-                    )
+            values: dict[str, str] = dict(zip(REQUIRED_SETTINGS, found, strict=True))
+            for key, needed in unmet_settings(values).items():
+                raise FleetError(
+                    f"Ray on {node} runs with {key}={values[key] or 'unset'}",
+                    f"start Ray on every node with {key}={needed} (isthmus doctor prints all settings)",
+                )
 
     def probe(self, order: ProbeOrder, probe_bytes: int) -> Fleet:
         """Measure every node that has not been, all at once, then the links; return what there is to plan with."""
@@ -194,7 +196,8 @@ def open_ray(address: str | None) -> Iterator[None]:
     # Under /tmp for a short path: the names of Unix sockets have a limit.
     folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir="/tmp")) if address is None else None
     try:
-        _init_ray(address, folder)
+        with _keep_sigterm():
+            _init_ray(address, folder)
         yield
     finally:
         ray.shutdown()
@@ -214,18 +217,41 @@ def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: Tim
             crew.stop()
 
 
+@contextmanager
+def _keep_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to who handles it now: Ray's core takes it for the main thread, to exit at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _init_ray(address: str | None, folder: Path | None) -> None:
     common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **common)
         return
     try:
+        _require_listener(address)
         ray.init(address=address, **common)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        # All lines: where versions differ, the first one does not say which.
+        text = " ".join(str(error).split())
         raise FleetError(
-            f"no Ray cluster answers at {address}: {first_line(error)}",
+            f"no Ray cluster can be joined at {address}: {text}",
             "check --address and RAY_AUTH_TOKEN, or leave --address out to train on this machine",
         ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError where nobody listens at host:port: Ray itself would try for a minute and more."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), min(int(port), _MAX_PORT)), _CONNECT_S).close()
 
 
 def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:

@@ -73,6 +73,8 @@ class StepOutcome:
     num_targets: int
     # The first stage and microbatch that gave an infinity or NaN, if any.
     nonfinite: tuple[int, int] | None
+    # The stage whose gradients are the first, on their way back, that are not finite, if any.
+    nonfinite_gradient: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +123,19 @@ def summarise(reports: tuple[StepReport, ...]) -> StepOutcome:
     num_targets = sum(report.num_targets for report in reports)
     loss_sum = sum(report.loss_sum for report in reports)
     total_sq = 0.0
+    nonfinite_gradient = None
     for report in reports:
         for _, grad_sq in report.grad_sq:
             total_sq += grad_sq
+            if not math.isfinite(grad_sq):
+                nonfinite_gradient = report.stage
     bad = [(report.stage, report.nonfinite_microbatch) for report in reports if report.nonfinite_microbatch >= 0]
     return StepOutcome(
         loss=loss_sum / num_targets if num_targets else math.nan,
         grad_norm=math.sqrt(total_sq),
         num_targets=num_targets,
         nonfinite=bad[0] if bad else None,
+        nonfinite_gradient=nonfinite_gradient,
     )
 
 
@@ -179,6 +185,8 @@ def _skip_reason(history: History, outcome: StepOutcome, guard: GuardConfig) -> 
     if outcome.nonfinite is not None:
         stage, microbatch = outcome.nonfinite
         return f"stage {stage} gave an infinity or NaN in microbatch {microbatch}"
+    if outcome.nonfinite_gradient is not None:
+        return f"stage {outcome.nonfinite_gradient} has a gradient that is infinite or NaN"
     if not math.isfinite(outcome.loss):
         return f"the loss is {outcome.loss}"
     if not math.isfinite(outcome.grad_norm):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from actors.errors import CheckpointError, IsthmusError, StoreError
+from actors.errors import CheckpointError, DiskFull, IsthmusError, StoreError
 from actors.spec import SaveOrder, SaveReport
 from orchestrator.checkpoints import CheckpointLedger, Manifest, PendingSaves, checkpoint_name
 
@@ -30,6 +30,8 @@ class Saving:
     keep: int
     tell: Callable[[int, str, str], None]
     newest_step: int = -1
+    # Why the last save that failed did.
+    last_failure: str = ""
     _under_way: list[_UnderWay] = field(default_factory=list[_UnderWay])
 
     def order(self, step: int, draft: Callable[..., Manifest], num_stages: int) -> SaveOrder | None:
@@ -39,8 +41,10 @@ class Saving:
             if step in self.ledger.steps_newest_first():
                 self.ledger.delete(step)
         except StoreError as error:
-            self.tell(step, "save_failed", _one_line(error))
+            self._fail(step, _one_line(error))
             return None
+        # A step that is run again orders its checkpoint again.
+        self._under_way = [save for save in self._under_way if save.step != step]
         checkpoint = checkpoint_name(step)
         pending = PendingSaves(checkpoint=checkpoint, num_stages=num_stages)
         self._under_way.append(_UnderWay(step, pending, draft))
@@ -52,11 +56,13 @@ class Saving:
         still: list[_UnderWay] = []
         for save in self._under_way:
             for report in reports:
-                save = replace(save, pending=save.pending.add(report))
+                # Each stage's first report counts: written twice, its files are the same files.
+                if report.stage in save.pending.missing_stages:
+                    save = replace(save, pending=save.pending.add(report))
             if not save.pending.is_settled:
                 still.append(save)
             elif save.pending.failure:
-                self.tell(save.step, "save_failed", save.pending.failure)
+                self._fail(save.step, save.pending.failure)
             else:
                 self._make_whole(save)
         self._under_way = still
@@ -66,14 +72,22 @@ class Saving:
         """Drop the saves under way: their stages were placed anew."""
         self._under_way.clear()
 
+    def _fail(self, step: int, why: str) -> None:
+        self.last_failure = why
+        self.tell(step, "save_failed", why)
+
     def _make_whole(self, save: _UnderWay) -> None:
         try:
             self.ledger.commit(save.draft(files=save.pending.files))
-            self.newest_step = save.step
-            self.tell(save.step, "saved", f"{save.pending.checkpoint} in {self.ledger.store.url}")
+        except (StoreError, DiskFull, CheckpointError) as error:
+            self._fail(save.step, _one_line(error))
+            return
+        self.newest_step = save.step
+        self.tell(save.step, "saved", f"{save.pending.checkpoint} in {self.ledger.store.url}")
+        try:
             self.ledger.retain(self.keep)
-        except (StoreError, CheckpointError) as error:
-            self.tell(save.step, "save_failed", _one_line(error))
+        except StoreError as error:
+            self.tell(save.step, "warned", f"older checkpoints stay: {_one_line(error)}")
 
 
 def _one_line(error: IsthmusError) -> str:

@@ -114,11 +114,18 @@ class Tracker:
 
 
 def open_tracker(
-    tracking: TrackingConfig, folder: RunFolder, *, run_id: str, console: Console, clock: Callable[[], float]
+    tracking: TrackingConfig,
+    folder: RunFolder,
+    *,
+    run_id: str,
+    console: Console,
+    clock: Callable[[], float],
+    group: str | None = None,
 ) -> Tracker:
     """Return the tracker of a run with every sink that its configuration asks for.
 
-    `run_id` is the run's id in W&B, kept in the checkpoint's manifest; `clock` returns Unix seconds.
+    `run_id` is the run's id in W&B, kept in the checkpoint's manifest; `group` the W&B group that it shares with its
+    baseline, its own name where not given; `clock` returns Unix seconds.
     """
     warnings: queue.SimpleQueue[EventRecord] = queue.SimpleQueue()
     sinks: list[Sink] = [
@@ -129,7 +136,7 @@ def open_tracker(
     ]
     mode = tracking.wandb_mode(os.environ)
     if mode != "disabled":
-        sinks.append(WandbSink(tracking, mode, folder, run_id, warnings))
+        sinks.append(WandbSink(tracking, mode, folder, run_id, warnings, group))
     return Tracker(sinks, warnings)
 
 
@@ -232,11 +239,13 @@ class WandbSink:
         folder: RunFolder,
         run_id: str,
         warnings: queue.SimpleQueue[EventRecord],
+        group: str | None = None,
     ) -> None:
         self._tracking = tracking
         self._mode: WandbMode = mode
         self._folder = folder
         self._run_id = run_id
+        self._group = group or folder.name
         self._warnings = warnings
         # Each entry is one thing to do with the run; None ends it.
         self._waiting: queue.SimpleQueue[Callable[[wandb.Run], None] | None] = queue.SimpleQueue()
@@ -304,6 +313,7 @@ class WandbSink:
         run = wandb.init(
             project=self._tracking.project,
             name=self._folder.name,
+            group=self._group,
             id=self._run_id,
             resume="allow",
             dir=self._folder.path,

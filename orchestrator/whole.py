@@ -19,7 +19,7 @@ from actors.store import BlobStore, open_store
 from actors.token_shards import TOKENIZER, DataManifest
 from orchestrator.checkpoints import CheckpointLedger, Manifest
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.controller import checkpoint_url
+from orchestrator.recipe import checkpoint_url
 from orchestrator.runfolder import RunFolder
 
 

@@ -41,7 +41,10 @@ class Codec(Protocol):
         ...
 
     def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the tensor on the host, in `dtype`; may share the payload's memory, which must be writable."""
+        """Return the tensor on the host, in `dtype`; may share the payload's memory, which must be writable.
+
+        Raises FrameCorrupt for a payload of the right size that `encode` cannot have made.
+        """
         ...
 
 

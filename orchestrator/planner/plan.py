@@ -6,7 +6,6 @@ unless the better one is clearly better, so that probe noise does not move layer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,7 +81,8 @@ def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
 
 def even_split(num_layers: int, num_stages: int) -> Split:
     """Return the split whose stages differ by one layer at most, the larger ones first."""
-    bounds = [math.ceil(num_layers * stage / num_stages) for stage in range(num_stages + 1)]
+    size, num_larger = divmod(num_layers, num_stages)
+    bounds = [stage * size + min(stage, num_larger) for stage in range(num_stages + 1)]
     return tuple(pairwise(bounds))
 
 
@@ -207,11 +207,9 @@ def _plan_link(
     measured = [link for link in links if (link.source, link.target) == (source.node, target.node)]
     delay_s = measured[0].delay_s if measured else _NEAR_LINK_DELAY_S
     rate_mbps = measured[0].rate_mbps if measured else _NEAR_LINK_RATE_MBPS
-    bytes_per_s = rate_mbps * 125_000
+    chunk_bytes, window_bytes = chunk_and_window_bytes(rate_mbps, wire)
     num_elements = work.batch.microbatch_tokens * work.model.hidden_size
     dtype = torch.bfloat16 if source.boundary_bytes == 2 else torch.float32
-    chunk_bytes = int(min(max(bytes_per_s * wire.chunk_s, wire.min_chunk_bytes), wire.max_chunk_bytes))
-    window_bytes = int(min(max(bytes_per_s * wire.window_s, 2 * chunk_bytes), wire.max_window_bytes))
     return LinkPlan(
         source_stage=stage,
         target_stage=stage + 1,
@@ -224,6 +222,14 @@ def _plan_link(
         chunk_bytes=chunk_bytes,
         window_bytes=window_bytes,
     )
+
+
+def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int]:
+    """Return how large the chunks of frames on a link of this rate are, and how many bytes may be under way."""
+    bytes_per_s = rate_mbps * 125_000
+    chunk_bytes = int(min(max(bytes_per_s * wire.chunk_s, wire.min_chunk_bytes), wire.max_chunk_bytes))
+    window_bytes = int(min(max(bytes_per_s * wire.window_s, 2 * chunk_bytes), wire.max_window_bytes))
+    return chunk_bytes, window_bytes
 
 
 def _fastest(nodes: Sequence[NodeCard], num_stages: int) -> tuple[NodeCard, ...]:

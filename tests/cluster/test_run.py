@@ -113,3 +113,13 @@ def test_altered_checkpoint_is_named_and_the_one_before_used(
     assert any("step-00000005/layer-00001.safetensors" in text for text in told)
     resumed = [event for event in history_of(result).events if event.name == "resumed"]
     assert resumed[-1].step == 4
+
+
+def test_checkpoints_on_s3_resume_too(tmp_path: Path, ray_address: str, reference: Trained, s3_url: str) -> None:
+    words = (f"train.steps={STEPS}", "plan.stages=2", f"checkpoints.url={s3_url}", "checkpoints.every_steps=2")
+    config = small_config(tmp_path, *words)
+    stopped = drive(config, ray_address, after_steps(config, 3))
+    assert not (stopped.folder / "checkpoints").exists() or not list((stopped.folder / "checkpoints").iterdir())
+    resumed = drive(config, ray_address)
+    assert_equal_to(reference, resumed)
+    assert "resumed" in [event.name for event in history_of(resumed).events]

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path as File
 from types import TracebackType
+from typing import Any
 
 from tests.lab.wanlab import LabError, WanLab
 
@@ -114,22 +115,27 @@ class RayCluster:
 
         Raises `LabError` at the deadline; the exit code is for the caller to judge.
         """
-        head_env = {"RAY_ADDRESS": self.address, "RAY_TMPDIR": str(self._nodes[0].folder)}
         try:
             return self.lab.run(
-                self.hosts[0],
-                [sys.executable, *map(str, arguments)],
-                timeout_s=timeout_s,
-                env=self._env | head_env | dict(env or {}),
-                cwd=REPOSITORY,
-                capture_output=True,
-                text=True,
+                self.hosts[0], _python(arguments), timeout_s=timeout_s, capture_output=True, **self._on_head(env)
             )
         except subprocess.TimeoutExpired as expired:
             said = (expired.stderr or b"").decode(errors="replace")[-500:].strip()
             raise LabError(
                 f"driver {arguments} did not end in {timeout_s:.0f} s: {said}", self._last_words()
             ) from expired
+
+    def start_driver(
+        self, arguments: Sequence[str | File], *, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a driver as `run_driver` does and return at once, to meddle with the lab while it runs."""
+        pipe = subprocess.PIPE
+        return self.lab.popen(self.hosts[0], _python(arguments), stdout=pipe, stderr=pipe, **self._on_head(env))
+
+    def _on_head(self, env: Mapping[str, str] | None) -> dict[str, Any]:
+        """How a driver runs: as one does on the head's machine, from the repository."""
+        head_env = {"RAY_ADDRESS": self.address, "RAY_TMPDIR": str(self._nodes[0].folder)}
+        return {"env": self._env | head_env | dict(env or {}), "cwd": REPOSITORY, "text": True}
 
     def _start(self, host: int, role: Sequence[str]) -> _Node:
         # In the lab's folder, which is near the root: unix sockets lie here, and end at 107 characters.
@@ -147,7 +153,9 @@ class RayCluster:
         ]
         with open(folder / "start.log", "wb") as log:
             env = self._env | {"RAY_TMPDIR": str(folder)}
-            process = self.lab.popen(host, command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            options = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+            # As on machines of their own, no worker shares the driver's working directory.
+            process = self.lab.popen(host, command, env=env, cwd=folder, **options)
         node = _Node(host=host, process=process, folder=folder)
         self._nodes.append(node)
         return node
@@ -166,6 +174,10 @@ class RayCluster:
         # Never `ray stop`: it would end every Ray on this machine.
         for node in reversed(self._nodes):
             self.lab.end(node.host, node.process)
+
+
+def _python(arguments: Sequence[str | File]) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
 
 
 def _base_env() -> dict[str, str]:

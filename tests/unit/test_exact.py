@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from actors.model.decoder import DecoderStage
+from actors.model.huggingface import export, read_spec
+from actors.model.init import initialise
 from actors.spec import DataConfig
 from orchestrator.config import RunConfig
 from tests.lab.inprocess import open_pipeline
@@ -71,3 +75,22 @@ def test_bf16_frames_change_the_losses_a_little(config: RunConfig, reference) ->
         pipeline.run(5)
         assert pipeline.losses != reference.losses[:5]
         assert pipeline.losses == pytest.approx(reference.losses[:5], rel=1e-3)
+
+
+def test_starts_from_a_hugging_face_folder_whatever_the_cut(config: RunConfig, tmp_path: Path) -> None:
+    teacher = DecoderStage(config.model, 0, config.model.num_layers)
+    initialise(teacher, seed=99)
+    export(
+        tmp_path / "hf",
+        config.model,
+        teacher.named_global_parameters().items(),
+        dtype=torch.float32,
+        tokenizer_path=None,
+        eos=None,
+    )
+    config = replace(config, model=read_spec(tmp_path / "hf"))
+    with open_pipeline(config, (1, 2, 1)) as pipeline:
+        pipeline.load()
+        weights = pipeline.weights()
+    for name, expected in teacher.named_global_parameters().items():
+        assert torch.equal(weights[name], expected), name

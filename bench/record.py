@@ -1,0 +1,56 @@
+"""What every bench shares: its arguments, and a result file that says on what machine it was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Return the arguments that every bench takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="five minutes at most, fewer rounds")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser.add_argument("--out", type=Path, help="where the JSON goes instead of bench/results")
+    return parser.parse_args()
+
+
+def save(name: str, arguments: argparse.Namespace, measured: Mapping[str, object]) -> Path:
+    """Write what was measured, with the command, the machine and the versions, and return the file."""
+    path: Path = arguments.out or RESULTS / f"{name}{'-quick' if arguments.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "command": f"python -m bench.{name}{' --quick' if arguments.quick else ''}",
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        **measured,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def machine() -> dict[str, object]:
+    """Return what the figures depend on besides the code."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "ray": version("ray"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

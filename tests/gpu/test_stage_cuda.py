@@ -1,0 +1,56 @@
+"""What only a CUDA device can show of the stage: encoding on a side stream, bfloat16 boundaries, fused AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actors.codecs import CODECS
+from actors.data import Microbatch
+from actors.encoding import Encoder, mark_ready
+from actors.engine import StageEngine
+from actors.model.decoder import DecoderStage
+from actors.model.init import initialise
+from actors.model.spec import ModelSpec
+from actors.optim import OptimConfig
+from actors.spec import Commit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SPEC = ModelSpec(
+    vocab_size=128, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=96, max_positions=32
+)
+
+
+@pytest.mark.parametrize("name", ["none", "bf16"])
+def test_encoding_waits_for_the_compute_that_makes_the_tensor(name: str) -> None:
+    factor = torch.randn(2048, 2048, device="cuda")
+    encoder = Encoder()
+    for _ in range(5):
+        tensor = factor
+        for _ in range(20):
+            tensor = tensor @ factor / 45.0
+        ready = mark_ready(tensor)
+        payload = bytes(encoder.encode(CODECS[name], tensor, ready))
+        assert payload == bytes(CODECS[name].encode(tensor.cpu()))
+
+
+def test_training_steps_lower_the_loss_on_cuda() -> None:
+    model = DecoderStage(SPEC, 0, 2).to("cuda")
+    initialise(model, seed=1)
+    engine = StageEngine(model, OptimConfig(lr=3e-3, warmup_steps=0))
+    assert engine.boundary_dtype is torch.bfloat16
+    tokens_BT = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
+    batch = Microbatch(tokens_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, 1), documents_BT=None, num_targets=128)
+    losses = []
+    for step in range(10):
+        engine.begin(step, 128)
+        engine.forward(0, None, batch)
+        engine.backward(0, None)
+        losses.append(engine.loss_sum / engine.num_targets)
+        assert engine.nonfinite_microbatch() == -1
+        engine.commit(Commit(step=step, lr=3e-3, clip_scale=1.0))
+    assert losses[-1] < losses[0] - 0.5
+    assert engine.peak_memory_bytes() > 0

@@ -1,0 +1,216 @@
+"""Plans: how the model is cut, what it is said to cost, and what is said where nothing fits."""
+
+import pytest
+
+from actors.errors import ConfigError, PlanError
+from actors.model.spec import ModelSpec
+from actors.spec import BatchSpec, Fleet, LinkCard, NodeCard, PartTimes, Plan, WireConfig
+from orchestrator.planner.cost import Workload, compute_s, memory_bytes, step_s
+from orchestrator.planner.plan import PlanConfig, best_split, even_split, make_plan
+
+MODEL = ModelSpec(
+    vocab_size=1000, hidden_size=64, num_layers=12, num_heads=4, num_kv_heads=2, ffn_size=128, max_positions=64
+)
+BATCH = BatchSpec(seq_len=32, microbatch_size=2, num_microbatches=8)
+WORK = Workload(model=MODEL, batch=BATCH, schedule="1f1b", activation_checkpointing=False)
+GB = 10**9
+
+
+def node(
+    name: str, slowness: float = 1.0, *, memory_bytes: int = 64 * GB, price: float = 0.0, boundary_bytes: int = 4
+) -> NodeCard:
+    """A node whose layer takes 30 ms at slowness 1, embedding and head 10 and 20 ms."""
+    times = PartTimes(
+        layer_forward_s=0.01 * slowness,
+        layer_backward_s=0.02 * slowness,
+        embedding_s=0.01 * slowness,
+        head_s=0.02 * slowness,
+    )
+    return NodeCard(
+        node=name,
+        host="h",
+        region="r",
+        device="TestGPU",
+        boundary_bytes=boundary_bytes,
+        memory_bytes=memory_bytes,
+        times=times,
+        price_per_hour=price,
+    )
+
+
+def link(source: str, target: str, rate_mbps: float, delay_s: float = 0.01) -> LinkCard:
+    return LinkCard(source=source, target=target, delay_s=delay_s, rate_mbps=rate_mbps)
+
+
+def fleet(*nodes: NodeCard, links: tuple[LinkCard, ...] = ()) -> Fleet:
+    return Fleet(nodes=nodes, links=links)
+
+
+def plan(these: Fleet, work: Workload = WORK, wire: WireConfig | None = None, **config) -> Plan:
+    return make_plan(these, work, wire or WireConfig(), PlanConfig(**config))
+
+
+def sizes(made: Plan) -> list[int]:
+    return [stage.layer_stop - stage.layer_start for stage in made.stages]
+
+
+def test_a_step_takes_its_fill_and_then_the_pace_of_the_slowest() -> None:
+    assert step_s([0.3], [], [], 8) == pytest.approx(0.3 * 8)
+    assert step_s([0.3, 0.2], [0.05], [0.04], 1) == pytest.approx(0.5 + 2 * 0.05 + 2 * 0.04)
+    assert step_s([0.3, 0.2], [0.05], [0.04], 8) == pytest.approx(0.68 + 7 * 0.3)
+    assert step_s([0.3, 0.2], [0.9], [0.04], 8) == pytest.approx(0.5 + 1.8 + 0.08 + 7 * 0.9)
+
+
+def test_a_stages_time_is_its_layers_and_the_ends_that_it_has() -> None:
+    a = node("a")
+    assert compute_s(a, WORK, 4, 6) == pytest.approx(2 * 0.03)
+    assert compute_s(a, WORK, 0, 2) == pytest.approx(2 * 0.03 + 0.01)
+    assert compute_s(a, WORK, 10, 12) == pytest.approx(2 * 0.03 + 0.02)
+    again = Workload(model=MODEL, batch=BATCH, schedule="1f1b", activation_checkpointing=True)
+    assert compute_s(a, again, 4, 6) == pytest.approx(2 * 0.04)
+
+
+def test_memory_holds_at_least_the_weights_their_moments_and_the_logits() -> None:
+    a = node("a")
+    middle, last = memory_bytes(a, WORK, 1, 3, 4, 8), memory_bytes(a, WORK, 2, 3, 8, 12)
+    assert middle > 16 * MODEL.stage_params(4, 8)
+    assert last > 16 * MODEL.stage_params(8, 12) + 2 * 4 * BATCH.microbatch_tokens * MODEL.vocab_size
+
+
+def test_memory_follows_what_is_in_flight() -> None:
+    a = node("a")
+    gpipe = Workload(model=MODEL, batch=BATCH, schedule="gpipe", activation_checkpointing=False)
+    recomputing = Workload(model=MODEL, batch=BATCH, schedule="gpipe", activation_checkpointing=True)
+    first, later = (memory_bytes(a, WORK, stage, 4, 3, 6) for stage in (0, 2))
+    assert memory_bytes(a, gpipe, 0, 4, 3, 6) > first > later
+    assert memory_bytes(a, gpipe, 2, 4, 3, 6) > memory_bytes(a, recomputing, 2, 4, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "expected"),
+    [(12, 1, [12]), (12, 4, [3, 3, 3, 3]), (8, 5, [2, 2, 2, 1, 1]), (7, 3, [3, 2, 2]), (5, 5, [1, 1, 1, 1, 1])],
+)
+def test_an_even_split_has_its_larger_stages_first(num_layers: int, num_stages: int, expected: list[int]) -> None:
+    split = even_split(num_layers, num_stages)
+    assert [stop - start for start, stop in split] == expected
+    assert split[0][0] == 0
+    assert split[-1][1] == num_layers
+
+
+def test_a_slow_node_gets_fewer_layers() -> None:
+    made = plan(fleet(node("a"), node("b", 3.0), node("c")), stages=3)
+    a, b, c = sizes(made)
+    assert b < min(a, c)
+    assert made.step_s < 0.8 * made.even_step_s
+    assert made.binds.startswith("stage ")
+
+
+def test_nodes_that_differ_by_less_than_noise_are_cut_evenly() -> None:
+    made = plan(fleet(node("a"), node("b", 1.03), node("c", 0.98)), stages=3)
+    assert sizes(made) == [4, 4, 4]
+    assert made.step_s == made.even_step_s
+
+
+def test_as_many_stages_as_train_fastest() -> None:
+    nodes = [node(name) for name in "abcd"]
+    near = plan(fleet(*nodes))
+    assert len(near.stages) == 4
+    # Links so thin that one node alone is faster.
+    thin = tuple(link(a, b, 0.05) for a in "abcd" for b in "abcd" if a < b)
+    assert len(plan(fleet(*nodes, links=thin)).stages) == 1
+
+
+def test_stages_go_to_the_fastest_nodes_in_the_fleets_order() -> None:
+    made = plan(fleet(node("a", 2.0), node("b"), node("c", 3.0), node("d", 0.9)), stages=2)
+    assert [stage.node for stage in made.stages] == ["b", "d"]
+
+
+def test_too_little_memory_names_stage_node_and_gigabytes() -> None:
+    need = memory_bytes(node("a"), WORK, 0, 1, 0, 12)
+    short = node("a", memory_bytes=need - 20_000_000)
+    with pytest.raises(PlanError) as caught:
+        plan(fleet(short))
+    assert caught.value.message == (
+        f"stage 0 (layers 0-11) needs {need / 1e9:.2f} GB, a (TestGPU) has {(need - 20_000_000) / 1e9:.2f} GB free: "
+        "0.02 GB short"
+    )
+    assert "batch.microbatch_size" in caught.value.remedy
+    assert len(plan(fleet(node("a", memory_bytes=need))).stages) == 1
+
+
+def test_memory_moves_layers_where_the_even_split_does_not_fit() -> None:
+    a, b = node("a"), node("b")
+    little = memory_bytes(a, WORK, 0, 2, 0, 3)
+    made = plan(fleet(node("a", memory_bytes=little), b), stages=2)
+    assert sizes(made) == [3, 9]
+    assert all(stage.memory_bytes <= stage.memory_limit_bytes for stage in made.stages)
+
+
+def test_a_given_split_is_taken_as_it_is_or_refused() -> None:
+    two = fleet(node("a"), node("b"))
+    made = plan(two, split=(2, 10))
+    assert sizes(made) == [2, 10]
+    assert made.even_step_s < made.step_s
+    with pytest.raises(ConfigError, match=r"plan.split has 11 layers, the model 12"):
+        plan(two, split=(2, 9))
+    with pytest.raises(PlanError, match="3 stages need as many nodes; the fleet has 2"):
+        plan(two, split=(4, 4, 4))
+    small = node("a", memory_bytes=memory_bytes(node("a"), WORK, 0, 2, 0, 1))
+    with pytest.raises(PlanError, match=r"stage 0 \(layers 0-1\) needs"):
+        plan(fleet(small, node("b")), split=(2, 10))
+
+
+def test_more_stages_than_layers_or_nodes_are_refused() -> None:
+    with pytest.raises(PlanError, match="13 stages for 12 layers"):
+        plan(fleet(*(node(str(number)) for number in range(14))), stages=13)
+    with pytest.raises(PlanError, match="3 stages need as many nodes"):
+        plan(fleet(node("a")), stages=3)
+    assert best_split([node(str(number)) for number in range(13)], WORK) is None
+
+
+@pytest.mark.parametrize("config", [{"stages": 0}, {"split": ()}, {"split": (3, 0)}, {"stages": 2, "split": (4, 4, 4)}])
+def test_settings_that_contradict_one_another_are_refused(config: dict) -> None:
+    with pytest.raises(ConfigError, match="plan"):
+        PlanConfig(**config)
+
+
+def test_a_thin_link_binds_and_its_codec_sets_the_bytes() -> None:
+    nodes = (node("a"), node("b"))
+    elements = BATCH.microbatch_tokens * MODEL.hidden_size
+    made = plan(fleet(*nodes, links=(link("a", "b", 0.2, 0.05),)), wire=WireConfig(forward="none"), stages=2)
+    (only,) = made.links
+    assert (only.frame_bytes_forward, only.frame_bytes_backward) == (4 * elements, 2 * elements)
+    assert (only.forward_codec, only.backward_codec) == ("none", "bf16")
+    assert made.binds.startswith("link 0 -> 1 ")
+    frame_s = 4 * elements * 8 / 0.2e6
+    stages = [stage.compute_s for stage in made.stages]
+    assert made.step_s == pytest.approx(step_s(stages, [frame_s], [0.05], BATCH.num_microbatches))
+
+
+def test_bf16_boundaries_halve_an_uncompressed_frame() -> None:
+    nodes = (node("a", boundary_bytes=2), node("b", boundary_bytes=2))
+    (only,) = plan(fleet(*nodes), wire=WireConfig(forward="none"), stages=2).links
+    assert only.frame_bytes_forward == 2 * BATCH.microbatch_tokens * MODEL.hidden_size
+
+
+def test_money_and_tokens_follow_from_the_step() -> None:
+    made = plan(fleet(node("a", price=1.5), node("b", price=2.5), node("unused", 9.0, price=100.0)), stages=2)
+    assert made.dollars_per_hour == 4.0
+    assert made.tokens_per_s == pytest.approx(BATCH.step_tokens / made.step_s)
+    assert made.dollars_per_mtoken == pytest.approx(4.0 / 3600 / made.tokens_per_s * 1e6)
+
+
+@pytest.mark.parametrize("rate_mbps", [0.001, 1.0, 8.0, 50.0, 200.0, 1e5])
+def test_chunks_and_windows_keep_to_their_bounds(rate_mbps: float) -> None:
+    wire = WireConfig()
+    (only,) = plan(fleet(node("a"), node("b"), links=(link("a", "b", rate_mbps),)), wire=wire, stages=2).links
+    assert wire.min_chunk_bytes <= only.chunk_bytes <= wire.max_chunk_bytes
+    assert only.chunk_bytes <= only.window_bytes <= wire.max_window_bytes
+    if rate_mbps == 50.0:
+        # A tenth of a second of the link, and a second of it.
+        assert (only.chunk_bytes, only.window_bytes) == (625_000, 6_250_000)
+
+
+def test_the_same_inputs_give_the_same_plan() -> None:
+    inputs = fleet(node("a", 1.7), node("b"), node("c", 1.1), links=(link("a", "b", 10.0),))
+    assert plan(inputs) == plan(inputs)
