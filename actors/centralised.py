@@ -23,7 +23,8 @@ from actors.model.init import initialise
 from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
 from actors.pipeline import Timeline
-from actors.spec import BatchSpec, Commit, DataConfig, EvalReport, Kind, LinkCount, StepReport
+from actors.settings import BatchSpec, DataConfig
+from actors.spec import Commit, EvalReport, Kind, LinkCount, StepReport
 
 # Sums a tensor over all workers, in place; every worker then holds the same bits.
 AllReduce = Callable[[torch.Tensor], object]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from actors.errors import DataError
 from actors.model.decoder import IGNORED_TARGET
-from actors.spec import BatchSpec, DataConfig
+from actors.settings import BatchSpec, DataConfig
 from actors.token_shards import DataManifest, Split, SplitTokens
 
 # Four make a pseudo-random permutation of a large domain (Luby and Rackoff 1988); small domains want some more.

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from actors.codecs import Codec
+from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.frame import FrameHeader, run_id, split_frame, wire_bytes
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
@@ -61,6 +62,8 @@ class _Send:
     header: FrameHeader
     codec: Codec
     tensor: torch.Tensor
+    # On CUDA: when the tensor's values are there.
+    ready: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Link:
         self._carrier = carrier
         self._on_failure = on_failure
         self._run = run_id(settings.run)
+        self._encoder = Encoder()
         self._messages: queue.SimpleQueue[_Send | _Answer | _Close] = queue.SimpleQueue()
         self._waiting: deque[tuple[Kind, bytes]] = deque()
         self._pending: dict[int, _Pending] = {}
@@ -130,7 +134,7 @@ class Link:
         )
         wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
         self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
-        self._messages.put(_Send(header, codec, tensor))
+        self._messages.put(_Send(header, codec, tensor, mark_ready(tensor)))
 
     def drain_counts(self) -> tuple[LinkCount, ...]:
         """Return what was sent since the last call, repeats included, and start from zero."""
@@ -195,7 +199,7 @@ class Link:
         if message.header.generation > self._generation:
             self._generation = message.header.generation
             self._drop_all()
-        payload = message.codec.encode(message.tensor)
+        payload = self._encoder.encode(message.codec, message.tensor, message.ready)
         chunks = split_frame(message.header, payload, self._settings.chunk_bytes)
         self._waiting.extend((message.header.kind, chunk) for chunk in chunks)
 

@@ -20,9 +20,9 @@ import torch
 from actors.codecs import CODECS
 from actors.errors import FrameCorrupt, FrameUnexpected, IsthmusError, PeerTimeout, StepAborted
 from actors.frame import FrameHeader, WireDtype, parse_chunk, run_id
+from actors.settings import MIN_CHUNK_BYTES
 from actors.spec import Kind
 
-_MIN_CHUNK_BYTES = 1024
 TORCH_DTYPES = {WireDtype.FLOAT32: torch.float32, WireDtype.BFLOAT16: torch.bfloat16}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
 
@@ -211,7 +211,7 @@ class Mailbox:
                 f"microbatch {header.microbatch} of {header.frame_bytes} bytes came; the plan has "
                 f"{self._num_microbatches} microbatches of {expected.frame_bytes} bytes"
             )
-        if header.num_chunks > header.frame_bytes // _MIN_CHUNK_BYTES + 1:
+        if header.num_chunks > header.frame_bytes // MIN_CHUNK_BYTES + 1:
             raise _unexpected(f"a frame of {header.frame_bytes} bytes came in {header.num_chunks} chunks")
 
     def _admission(self, key: _Key, header: FrameHeader) -> Verdict:

@@ -15,7 +15,8 @@ import torch
 from actors.model.decoder import DecoderStage, token_losses
 from actors.model.init import initialise
 from actors.model.spec import ModelSpec
-from actors.spec import BatchSpec, PartTimes
+from actors.settings import BatchSpec
+from actors.spec import PartTimes
 
 # Training may use this share of what is free: the rest is for the allocator's and other processes' surprises.
 _MEMORY_SHARE = 0.9

@@ -18,10 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from actors.disk import whole_file
 from actors.errors import DiskFull, StoreError, UserError
-
-# What a write that was cut off by a crash leaves behind ends so; `list` shows it, so that it can be deleted.
-PARTIAL_SUFFIX = ".partial"
 
 # S3 allows keys of 1,024 bytes; the store's own prefix needs room too.
 _MAX_KEY_CHARS = 512
@@ -35,10 +33,8 @@ class BlobMissing(StoreError):
     """The store has no blob of this key."""
 
 
-class BucketMissing(StoreError):
+class BucketMissing(UserError, StoreError):
     """The store's URL names a bucket that is not there: the user's error, where other refusals are the store's."""
-
-    exit_code = 2
 
 
 class BlobStore(Protocol):
@@ -131,28 +127,6 @@ def _on_disk(path: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file that becomes `path`, durably, if the block ends well, and is gone if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    # A rename is durable once its folder is, and the folder's own entry may be new too.
-    for folder in (path.parent, path.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class LocalStore(BlobStore):
     """Blobs as files under one folder, which the first write creates."""
 
@@ -163,14 +137,14 @@ class LocalStore(BlobStore):
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         path = self._path(key)
-        with _on_disk(path, "write"), _whole_file(path) as file:
+        with _on_disk(path, "write"), whole_file(path) as file:
             file.write(data)
 
     def put_file(self, key: str, path: Path) -> None:
         with _on_disk(path, "read"):
             source = path.open("rb")
         target = self._path(key)
-        with source, _on_disk(target, "write"), _whole_file(target) as file:
+        with source, _on_disk(target, "write"), whole_file(target) as file:
             shutil.copyfileobj(source, file)
 
     def get(self, key: str) -> bytes:
@@ -178,7 +152,7 @@ class LocalStore(BlobStore):
             return file.read()
 
     def get_file(self, key: str, path: Path) -> None:
-        with self._open(key) as source, _on_disk(path, "write"), _whole_file(path) as file:
+        with self._open(key) as source, _on_disk(path, "write"), whole_file(path) as file:
             shutil.copyfileobj(source, file)
 
     def size(self, key: str) -> int | None:
@@ -302,7 +276,7 @@ class S3Store(BlobStore):
         return buffer.getvalue()
 
     def get_file(self, key: str, path: Path) -> None:
-        with _on_disk(path, "write"), _whole_file(path) as file:
+        with _on_disk(path, "write"), whole_file(path) as file:
             self._download(key, file)
 
     def size(self, key: str) -> int | None:

@@ -38,7 +38,7 @@ from actors.model.init import initialise  # noqa: E402
 from actors.optim import build_optimizer  # noqa: E402
 from actors.spec import Commit, LoadOrder, StepOrder  # noqa: E402
 from actors.store import open_store  # noqa: E402
-from actors.token_shards import DataManifest, ShardWriter  # noqa: E402
+from actors.token_shards import SPLITS, DataManifest, ShardWriter  # noqa: E402
 from bench.record import parse_arguments, save  # noqa: E402
 from orchestrator.config import RunConfig, load_config  # noqa: E402
 from orchestrator.fleet import open_fleet  # noqa: E402
@@ -57,7 +57,7 @@ def bench_config(folder: Path, num_stages: int, *, quick: bool) -> RunConfig:
     data = str(folder / "data")
     tokens = np.random.default_rng(1).integers(1, 4096, size=600_000)
     shards = []
-    for split, part in (("train", tokens[:-20_000]), ("val", tokens[-20_000:])):
+    for split, part in zip(SPLITS, (tokens[:-20_000], tokens[-20_000:]), strict=True):
         writer = ShardWriter(open_store(data), split, "uint16", len(part))
         writer.append(part)
         shards += writer.close()

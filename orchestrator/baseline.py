@@ -33,7 +33,7 @@ from orchestrator.planner.plan import PlanConfig, make_plan
 from orchestrator.progress import Progress
 from orchestrator.recipe import require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord
-from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
+from orchestrator.runfolder import BASELINE_SUFFIX, RunFolder, disk_errors, write_atomic
 from orchestrator.tracking import Tracker, open_tracker
 from orchestrator.trainjob import Act, CoreShare, Message, TrainJob, fit, program, share_cores
 
@@ -50,7 +50,7 @@ def train_baseline(config: RunConfig, *, address: str | None, console: Console) 
     """
     config = resolve(config)
     require_data(config)
-    folder = RunFolder.open(Path(config.runs_dir), f"{config.name}-baseline")
+    folder = RunFolder.open(Path(config.runs_dir), config.name + BASELINE_SUFFIX)
     with folder.lock():
         write_atomic(folder.config, config.yaml)
         with disk_errors(folder.events):
@@ -122,7 +122,8 @@ class _Baseline:
             self._tell("failed", str(error))
             self._tracker.finish(error.exit_code)
             raise
-        except KeyboardInterrupt:
+        # Ctrl-C; SIGTERM, as Ray passes it on.
+        except (KeyboardInterrupt, SystemExit):
             self._tell("stopped", "interrupted; a baseline keeps no checkpoints and starts afresh")
             self._tracker.finish(1)
             raise
@@ -235,9 +236,10 @@ class _Baseline:
         if act is Act.PLACE:
             share = self._share
             return FleetError(
-                f"no free place for {late} within {timeout_s:.0f} s: each asks for {share.num_cpus:g} CPUs and "
-                f"{share.num_gpus} GPUs",
-                "free them (`ray status` shows who holds what), or set fleet.baseline_workers lower",
+                f"{late} did not start within {timeout_s:.0f} s; each asks for {share.num_cpus:g} CPUs and "
+                f"{share.num_gpus} GPUs of a node",
+                "free them (`ray status` shows who holds what), set fleet.baseline_workers lower, or raise "
+                "timeouts.place_s where starting is slow",
             )
         return PeerTimeout(
             f"{late} did not {act.value} within {timeout_s:.0f} s, at step {step}",

@@ -16,8 +16,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from actors.errors import CheckpointCorrupt, CheckpointError, ConfigError
 from actors.model.spec import ModelSpec
+from actors.settings import BatchSpec
 from actors.shards import file_name, unit_names
-from actors.spec import BatchSpec, SavedFile, SaveReport
+from actors.spec import SavedFile, SaveReport
 from actors.store import BlobMissing, BlobStore
 from orchestrator.lifecycle import History
 

@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train one language model on GPUs in many places.",
         epilog="`isthmus VERB --help` has a verb's options and an example; begin with `isthmus demo`.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version and exit"
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def add(name: str, run: Callable[[argparse.Namespace, Console], int], text: str, example: str):
@@ -317,9 +319,10 @@ def _generate(arguments: argparse.Namespace, console: Console) -> int:
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.report import summary_text, write_report
+    from orchestrator.runfolder import BASELINE_SUFFIX
 
     folder: Path = arguments.folder
-    beside = folder.with_name(f"{folder.name}-baseline")
+    beside = folder.with_name(folder.name + BASELINE_SUFFIX)
     baseline = arguments.baseline or (beside if beside.is_dir() else None)
     if baseline is not None and not baseline.is_dir():
         raise UserError(f"there is no baseline in {baseline}", "make one with `isthmus baseline CONFIG`")

@@ -19,7 +19,8 @@ from actors.codecs import codec_for
 from actors.errors import ConfigError
 from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
-from actors.spec import BatchSpec, DataConfig, TensorRole, TimeoutConfig, WireConfig
+from actors.settings import BatchSpec, DataConfig, TimeoutConfig, WireConfig
+from actors.spec import TensorRole
 from orchestrator.checkpoints import CheckpointConfig
 from orchestrator.lifecycle import GuardConfig
 from orchestrator.planner.plan import PlanConfig

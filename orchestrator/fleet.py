@@ -24,7 +24,8 @@ import ray.exceptions
 
 from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.node import CONCURRENCY_GROUPS, NAMESPACE, NodeActor
-from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder, TimeoutConfig
+from actors.settings import TimeoutConfig
+from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder
 from orchestrator.config import FleetConfig
 from orchestrator.environment import REQUIRED_SETTINGS, unmet_settings
 
@@ -219,15 +220,13 @@ def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: Tim
 
 @contextmanager
 def _keep_sigterm() -> Iterator[None]:
-    """Give SIGTERM back to who handles it now: Ray's core takes it for the main thread, to exit at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Give SIGTERM back to who handles it now; where nobody does, Ray's way of exiting at once ends what it started."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _init_ray(address: str | None, folder: Path | None) -> None:

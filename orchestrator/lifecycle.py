@@ -12,7 +12,7 @@ import math
 import statistics
 from dataclasses import dataclass, field, replace
 
-from actors.errors import ConfigError, IsthmusError, NonFinite
+from actors.errors import ConfigError, DiskFull, IsthmusError, NonFinite, OutOfDeviceMemory
 from actors.optim import OptimConfig, lr_at
 from actors.spec import Commit, StepReport
 
@@ -165,7 +165,8 @@ def on_step_done(
 def on_step_failed(state: RunState, event: StepFailed, guard: GuardConfig) -> tuple[RunState, Retry | Rebuild | Stop]:
     """Return how to go on after a step that not every stage finished."""
     after = replace(state, generation=state.generation + 1, retries=state.retries + 1)
-    if event.error.exit_code == 2:
+    # The same would come again: the user's errors, and devices and disks that are too small.
+    if event.error.exit_code == 2 or isinstance(event.error, OutOfDeviceMemory | DiskFull):
         return state, Stop(error=event.error)
     if event.lost or after.retries > guard.max_retries:
         rebuilt = replace(after, retries=0, rebuilds=state.rebuilds + 1)

@@ -19,9 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.disk import whole_file
 from actors.errors import ConfigError, DiskFull, RunBusy, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+# The centralised twin of a run lies beside it, under its name and this.
+BASELINE_SUFFIX = "-baseline"
 _MAX_LOCK_BYTES = 4096
 # `is_live` holds the lock for an instant; a driver that starts at that instant tries for this long.
 _LOCK_WAIT_S = 0.5
@@ -52,14 +55,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one, never a part of it."""
-    # One name for all writers: a run has one driver, and one killed here leaves no second file behind.
-    part = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+    with disk_errors(path), whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @dataclass(frozen=True)

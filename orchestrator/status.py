@@ -18,7 +18,7 @@ from actors.spec import Plan
 from orchestrator.console import duration_text, event_line, wire_text
 from orchestrator.events import decode, encode
 from orchestrator.records import EvalRecord, EventRecord, StepRecord
-from orchestrator.runfolder import RunFolder, write_atomic
+from orchestrator.runfolder import BASELINE_SUFFIX, RunFolder, write_atomic
 
 _STATUS_EVERY_S = 1.0
 _MAX_STATUS_BYTES = 16_777_216
@@ -167,6 +167,8 @@ def state_text(view: RunView, now_unix_s: float) -> str:
         return f"running ({view.holder}), last step {age} ago"
     if view.status and view.status.exit_code == 0 and step and step.step + 1 == step.num_steps:
         return "finished"
+    if view.folder.name.endswith(BASELINE_SUFFIX):
+        return f"not running; start afresh with: isthmus baseline {view.folder.config}"
     return f"not running; resume with: isthmus train {view.folder.config}"
 
 

@@ -31,7 +31,7 @@ from actors.errors import FleetError, IsthmusError, StageError
 from actors.probe import device_name, free_memory_bytes, time_parts
 from actors.spec import EvalReport, NodeCard, StepReport
 from orchestrator.config import RunConfig, TrainConfig
-from orchestrator.fleet import first_line, region_and_price
+from orchestrator.fleet import region_and_price
 from orchestrator.lifecycle import RunState, Stop, on_step_done, summarise
 from orchestrator.runfolder import write_atomic
 
@@ -209,7 +209,9 @@ def failure_of(error: ray.train.TrainingFailedError, job: TrainJob) -> IsthmusEr
     trace = job.storage / "failure.txt"
     write_atomic(trace, str(error))
     who, cause = causes[0] if causes else ("Ray Train", error)
-    return StageError(f"{who} of baseline {job.name} failed: {first_line(cause)}", f"{trace} has the traceback")
+    # Of Ray Train's own errors the second line has the reason.
+    what = " ".join(str(cause).strip().splitlines()[:2]) or type(cause).__name__
+    return StageError(f"{who} of baseline {job.name} failed: {what}", f"{trace} has the traceback")
 
 
 def _card(config: RunConfig, worker: int, device: torch.device) -> NodeCard:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from actors.model.spec import ModelSpec
 from actors.schedule import num_in_flight
-from actors.spec import BatchSpec, NodeCard, ScheduleName
+from actors.settings import BatchSpec
+from actors.spec import NodeCard, ScheduleName
 
 # float32 weight, gradient and AdamW's two moments.
 _STATE_BYTES_PER_PARAM = 16

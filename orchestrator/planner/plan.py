@@ -6,7 +6,7 @@ unless the better one is clearly better, so that probe noise does not move layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +14,8 @@ import torch
 
 from actors.codecs import CODECS
 from actors.errors import ConfigError, PlanError
-from actors.spec import Fleet, LinkCard, LinkPlan, NodeCard, Plan, ScheduleName, StagePlan, WireConfig
+from actors.settings import WireConfig
+from actors.spec import Fleet, LinkCard, LinkPlan, NodeCard, Plan, ScheduleName, StagePlan
 from orchestrator.planner.cost import Workload, compute_s, memory_bytes, step_s
 
 # What probe noise may be: a split must beat the even one by this share of its step to be taken.
@@ -68,11 +69,13 @@ def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
     plans: list[Plan] = []
     shortage: PlanError | None = None
     for num_stages in counts:
-        nodes = _fastest(fleet.nodes, num_stages)
-        try:
-            plans.append(_plan_chain(nodes, fleet.links, work, wire, config))
-        except PlanError as error:
-            shortage = error
+        # The roomiest, for a model that does not fit the fastest.
+        for nodes in (_fastest(fleet.nodes, num_stages), _roomiest(fleet.nodes, num_stages)):
+            try:
+                plans.append(_plan_chain(nodes, fleet.links, work, wire, config))
+                break
+            except PlanError as error:
+                shortage = error
     if not plans:
         assert shortage is not None
         raise shortage
@@ -127,8 +130,9 @@ def _plan_chain(
         return plan
     split = best_split(nodes, work)
     if split is None:
+        # Not even the even one, which is short somewhere.
         _require_fit(even, nodes)
-        raise PlanError(f"no split of the model over {len(nodes)} nodes fits their memory", _SMALLER)
+        return even
     best = _assemble(nodes, links, work, wire, split, even.step_s)
     even_fits = all(stage.memory_bytes <= stage.memory_limit_bytes for stage in even.stages)
     return even if even_fits and best.step_s > (1 - _CLEARLY_BETTER) * even.step_s else best
@@ -234,7 +238,14 @@ def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int
 
 def _fastest(nodes: Sequence[NodeCard], num_stages: int) -> tuple[NodeCard, ...]:
     """Return the `num_stages` fastest nodes, in the fleet's order."""
-    by_speed = sorted(
-        range(len(nodes)), key=lambda i: (nodes[i].times.layer_forward_s + nodes[i].times.layer_backward_s, i)
-    )
-    return tuple(nodes[i] for i in sorted(by_speed[:num_stages]))
+    return _first_by(nodes, num_stages, lambda node: node.times.layer_forward_s + node.times.layer_backward_s)
+
+
+def _roomiest(nodes: Sequence[NodeCard], num_stages: int) -> tuple[NodeCard, ...]:
+    """Return the `num_stages` nodes with the most memory, in the fleet's order."""
+    return _first_by(nodes, num_stages, lambda node: -node.memory_bytes)
+
+
+def _first_by(nodes: Sequence[NodeCard], count: int, key: Callable[[NodeCard], float]) -> tuple[NodeCard, ...]:
+    chosen = sorted(range(len(nodes)), key=lambda i: (key(nodes[i]), i))[:count]
+    return tuple(nodes[i] for i in sorted(chosen))

@@ -1,4 +1,4 @@
-"""The driver is stopped by Ctrl-C, by SIGTERM, by kill -9: the same command goes on, and ends as if nothing had been."""
+"""The driver is stopped by Ctrl-C, by SIGTERM, by kill -9: the same command goes on as if nothing had been."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.data import IGNORED_TARGET, TokenSource, permuted
-from actors.spec import BatchSpec, DataConfig
+from actors.settings import BatchSpec, DataConfig
 from actors.token_shards import DataManifest, SplitTokens
 from actors.tokenizer import cut_blocks
 from tests.unit.prepared_data import EOS, VOCAB_SIZE, write_data

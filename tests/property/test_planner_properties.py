@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from actors.errors import PlanError
 from actors.model.spec import ModelSpec
-from actors.spec import BatchSpec, Fleet, LinkCard, NodeCard, PartTimes, WireConfig
+from actors.settings import BatchSpec, WireConfig
+from actors.spec import Fleet, LinkCard, NodeCard, PartTimes
 from orchestrator.planner.cost import Workload, compute_s, memory_bytes
 from orchestrator.planner.plan import PlanConfig, Split, best_split, even_split, make_plan
 

@@ -214,10 +214,10 @@ def test_a_workers_own_error_comes_before_what_it_did_to_the_others(tmp_path: Pa
 
 
 def test_any_other_failure_names_the_worker_and_keeps_the_traceback(tmp_path: Path) -> None:
-    failed = ray.train.WorkerGroupError("line 7, in work", {1: ValueError("no such thing\nand more")})
+    failed = ray.train.WorkerGroupError("line 7, in work", {1: ValueError("no such thing\nand more\nand more")})
     error = failure_of(failed, make_job(tmp_path))
     assert isinstance(error, StageError)
-    assert error.message == "worker-1 of baseline small-baseline failed: no such thing"
+    assert error.message == "worker-1 of baseline small-baseline failed: no such thing and more"
     assert str(tmp_path / "failure.txt") in error.remedy
     assert "line 7, in work" in (tmp_path / "failure.txt").read_text()
 

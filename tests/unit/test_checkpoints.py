@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from actors.errors import CheckpointCorrupt, CheckpointError, ConfigError, StoreError
 from actors.model.spec import ModelSpec, RopeScaling
+from actors.settings import BatchSpec
 from actors.shards import file_name, unit_names
-from actors.spec import BatchSpec, SavedFile, SaveReport
+from actors.spec import SavedFile, SaveReport
 from actors.store import BlobStore, LocalStore, open_store
-from orchestrator.lifecycle import History
 from orchestrator.checkpoints import (
     MAX_MANIFEST_BYTES,
     CheckpointConfig,
@@ -28,6 +28,7 @@ from orchestrator.checkpoints import (
     parse_manifest,
     require_compatible,
 )
+from orchestrator.lifecycle import History
 
 MODEL = ModelSpec(num_layers=2)
 SHA256 = "0123456789abcdef" * 4

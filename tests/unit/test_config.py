@@ -8,6 +8,9 @@ import yaml
 from actors.errors import ConfigError
 from orchestrator.config import RunConfig, load_config, parse_config
 
+CONF = Path(__file__).parents[2] / "conf"
+RECIPES = [*CONF.glob("*.yaml"), *CONF.glob("model/*.yaml")]
+
 
 def test_overlays_merge_left_to_right_and_the_dotlist_comes_last(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yml"
@@ -79,7 +82,7 @@ def test_a_bad_overlay_is_named_with_its_file(tmp_path: Path, content: bytes, na
         load_config([str(path)])
 
 
-@pytest.mark.parametrize("path", sorted(Path("conf").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_every_recipe_loads(path: Path) -> None:
     load_config([str(path)])
 

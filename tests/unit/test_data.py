@@ -10,7 +10,7 @@ import torch
 
 from actors.data import IGNORED_TARGET, TokenSource
 from actors.errors import DataError
-from actors.spec import BatchSpec, DataConfig
+from actors.settings import BatchSpec, DataConfig
 from actors.store import open_store
 from tests.unit.prepared_data import EOS, write_data
 

@@ -11,7 +11,7 @@ import torch
 from actors.model.decoder import DecoderStage
 from actors.model.huggingface import export, read_spec
 from actors.model.init import initialise
-from actors.spec import DataConfig
+from actors.settings import DataConfig
 from orchestrator.config import RunConfig
 from tests.lab.inprocess import open_pipeline
 from tests.reference import train_plainly

@@ -4,7 +4,8 @@ import pytest
 
 from actors.errors import ConfigError, PlanError
 from actors.model.spec import ModelSpec
-from actors.spec import BatchSpec, Fleet, LinkCard, NodeCard, PartTimes, Plan, WireConfig
+from actors.settings import BatchSpec, WireConfig
+from actors.spec import Fleet, LinkCard, NodeCard, PartTimes, Plan
 from orchestrator.planner.cost import Workload, compute_s, memory_bytes, step_s
 from orchestrator.planner.plan import PlanConfig, best_split, even_split, make_plan
 

@@ -7,8 +7,9 @@ import pytest
 
 from actors.errors import DiskFull, StoreError
 from actors.model.spec import ModelSpec
+from actors.settings import BatchSpec
 from actors.shards import file_name, unit_names
-from actors.spec import BatchSpec, SavedFile, SaveReport
+from actors.spec import SavedFile, SaveReport
 from actors.store import LocalStore
 from orchestrator.checkpoints import CheckpointLedger, Manifest, checkpoint_name
 from orchestrator.lifecycle import History

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.disk import PARTIAL_SUFFIX
 from actors.errors import DiskFull, StoreError, UserError
-from actors.store import PARTIAL_SUFFIX, BlobMissing, BlobStore, LocalStore, S3Store, check_store, open_store
+from actors.store import BlobMissing, BlobStore, LocalStore, S3Store, check_store, open_store
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -168,8 +169,8 @@ def test_a_write_that_was_cut_off_can_be_seen_and_deleted(tmp_path):
     # A process killed within a write cannot tidy up; another one can.
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from pathlib import Path; from actors.store import _whole_file\n"
-        "with _whole_file(Path(sys.argv[1])) as file: file.write(b'torn'); file.flush(); os._exit(9)"
+        "import os, sys; from pathlib import Path; from actors.disk import whole_file\n"
+        "with whole_file(Path(sys.argv[1])) as file: file.write(b'torn'); file.flush(); os._exit(9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "step-1" / "head")], timeout=30)
     assert killed.returncode == 9

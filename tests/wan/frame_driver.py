@@ -22,7 +22,8 @@ from actors.frame import wire_bytes
 from actors.link import Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt, Verdict
 from actors.node import CONCURRENCY_GROUPS, RayCarrier
-from actors.spec import Kind, WireConfig
+from actors.settings import WireConfig
+from actors.spec import Kind
 from orchestrator.planner.plan import chunk_and_window_bytes
 
 TIMEOUT_S = 60.0
@@ -138,7 +139,8 @@ class End:
 def place_ends(addresses: Sequence[str]) -> list[ray.actor.ActorHandle]:
     """Return an `End` on each of these hosts."""
     node_ids = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes()}
-    end = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(End)
+    # Ray takes this option here only; its type stubs do not know it.
+    end = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(End)  # pyright: ignore[reportCallIssue]
     return [
         end.options(num_cpus=0, label_selector={"ray.io/node-id": node_ids[address]}).remote(stage)
         for stage, address in enumerate(addresses)

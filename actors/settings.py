@@ -1,0 +1,94 @@
+"""What a user sets of the data plane: the batch, the wire, the deadlines, the data.
+
+PURE. Part of a run's configuration, and of what crosses to each node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.errors import ConfigError
+
+# A mailbox refuses a frame cut into smaller chunks: the headers, and the work on them, would outgrow the payload.
+MIN_CHUNK_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """The tokens of one step: `num_microbatches` microbatches of `microbatch_size` sequences each."""
+
+    seq_len: int = 256
+    microbatch_size: int = 8
+    num_microbatches: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "microbatch_size", "num_microbatches"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"batch.{key} is {getattr(self, key)}", f"set batch.{key} to 1 or more")
+
+    @property
+    def microbatch_tokens(self) -> int:
+        return self.seq_len * self.microbatch_size
+
+    @property
+    def step_tokens(self) -> int:
+        return self.microbatch_tokens * self.num_microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireConfig:
+    """How boundary tensors travel between stages."""
+
+    forward: str = "bf16"
+    backward: str = "bf16"
+    # A chunk of a frame takes about this long on its link: short enough that chunks of other frames get through.
+    chunk_s: float = 0.1
+    min_chunk_bytes: int = 65_536
+    max_chunk_bytes: int = 1_048_576
+    # What may be under way to one peer, in seconds of the link and in bytes at most.
+    window_s: float = 1.0
+    max_window_bytes: int = 16_777_216
+
+    def __post_init__(self) -> None:
+        if not MIN_CHUNK_BYTES <= self.min_chunk_bytes <= self.max_chunk_bytes <= self.max_window_bytes:
+            raise ConfigError(
+                "wire.min_chunk_bytes, wire.max_chunk_bytes and wire.max_window_bytes do not nest",
+                f"set {MIN_CHUNK_BYTES} <= wire.min_chunk_bytes <= wire.max_chunk_bytes <= wire.max_window_bytes",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutConfig:
+    """Every deadline of a run, nested: an ack within a frame, a frame within a step, a step within a lease."""
+
+    # A chunk's acknowledgement.
+    ack_s: float = 30.0
+    # A stage's wait for one frame of a peer.
+    frame_s: float = 120.0
+    # One step of all stages.
+    step_s: float = 600.0
+    # Actors placed and answering.
+    place_s: float = 120.0
+    # Weights loaded, or a checkpoint written.
+    transfer_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ack_s < self.frame_s < self.step_s:
+            raise ConfigError(
+                f"timeouts do not nest: ack_s={self.ack_s}, frame_s={self.frame_s}, step_s={self.step_s}",
+                "set timeouts.ack_s < timeouts.frame_s < timeouts.step_s",
+            )
+        if self.place_s <= 0 or self.transfer_s <= 0:
+            raise ConfigError("a timeout is not above 0", "set timeouts.place_s and timeouts.transfer_s above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the token shards lie, as `isthmus data prepare` wrote them."""
+
+    # A folder, or s3://bucket/prefix; each node that reads tokens must reach it.
+    path: str = "data/demo"
+    # Attention does not cross document borders, and the first token of the next document is not a target.
+    document_mask: bool = True
+    # Where shards of a remote path are kept on each node.
+    cache: str = "~/.cache/isthmus"
