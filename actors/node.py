@@ -22,7 +22,7 @@ import torch
 from actors.errors import PeerError, PeerLost, StageError
 from actors.link import Carrier
 from actors.mailbox import Receipt, Verdict
-from actors.probe import device_name, free_memory_bytes, time_parts
+from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
 from actors.spec import (
     Assignment,
     EvalOrder,
@@ -68,11 +68,13 @@ class RayCarrier:
 class NodeActor:
     """One node of the fleet; may become one stage of one run."""
 
-    def __init__(self, node: str, region: str, num_threads: int, price_per_hour: float) -> None:
+    def __init__(self, node: str, region: str, num_threads: int, price_per_hour: float, num_sharing: int) -> None:
+        """Stand for one place of `num_sharing` that share their machine's memory equally."""
         torch.set_num_threads(num_threads)
         self._node = node
         self._region = region
         self._price_per_hour = price_per_hour
+        self._num_sharing = num_sharing
         self._stage: Stage | None = None
 
     @ray.method(concurrency_group="control")
@@ -88,13 +90,15 @@ class NodeActor:
     def probe(self, order: ProbeOrder) -> NodeCard:
         """Measure this node on the model's own layers."""
         device = pick_device()
+        memory_bytes = free_memory_bytes(device) // self._num_sharing
+        require_probe_memory(order.model, order.batch, memory_bytes, self._node)
         return NodeCard(
             node=self._node,
             host=socket.gethostname(),
             region=self._region,
             device=device_name(device),
             boundary_bytes=2 if device.type == "cuda" else 4,
-            memory_bytes=free_memory_bytes(device),
+            memory_bytes=memory_bytes,
             times=time_parts(order.model, order.batch, device, time.perf_counter),
             price_per_hour=self._price_per_hour,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from actors.errors import PlanError
 from actors.model.decoder import DecoderStage, token_losses
 from actors.model.init import initialise
 from actors.model.spec import ModelSpec
@@ -21,6 +22,8 @@ from actors.spec import PartTimes
 # Training may use this share of what is free: the rest is for the allocator's and other processes' surprises.
 _MEMORY_SHARE = 0.9
 _REPEATS = 3
+# While they are timed: a float32 weight and its gradient; logits, their float32 copy, log-softmax and gradient.
+_PARAM_BYTES, _HEAD_COPIES = 8, 4
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -42,6 +45,22 @@ def free_memory_bytes(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """Return what the device is called, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x{torch.get_num_threads()}"
+
+
+def require_probe_memory(spec: ModelSpec, batch: BatchSpec, memory_bytes: int, node: str) -> None:
+    """Raise PlanError where `time_parts` would not fit: two layers, the embedding and the head, with gradients.
+
+    A first stage of one layer needs about as much, with its optimizer's state.
+    """
+    parts = dataclasses.replace(spec, num_layers=2)
+    logits_bytes = _HEAD_COPIES * 4 * batch.microbatch_tokens * spec.vocab_size
+    needed_bytes = _PARAM_BYTES * parts.num_params + logits_bytes
+    if needed_bytes > memory_bytes:
+        raise PlanError(
+            f"a stage of two layers, embedding and head needs {needed_bytes / 1e9:.2f} GB to be probed, {node} has "
+            f"{memory_bytes / 1e9:.2f} GB free: {(needed_bytes - memory_bytes) / 1e9:.2f} GB short",
+            "train a smaller model, or on nodes with more memory; on this machine alone, on fewer: fleet.nodes",
+        )
 
 
 def time_parts(spec: ModelSpec, batch: BatchSpec, device: torch.device, clock: Callable[[], float]) -> PartTimes:

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.exceptions
@@ -115,8 +114,15 @@ class _Baseline:
         try:
             self._share = _share_of_cluster(self._config)
             self._start_job()
+            self._gather(Act.PLACE, 0)
+            self._plan(self._gather(Act.PROBE, 0))
+            self._gather(Act.LOAD, 0)
             for act, step in program(self._config.train):
-                self._follow(act, step)
+                messages = self._gather(act, step)
+                if act is Act.EVALUATE:
+                    self._evaluated(step, messages)
+                else:
+                    self._judge(messages)
             self._end_job()
         except IsthmusError as error:
             self._tell("failed", str(error))
@@ -142,20 +148,8 @@ class _Baseline:
         task = ray.remote(num_cpus=0, max_retries=0)(fit).options(label_selector=here)
         self._job = task.remote(job, self._messages)
 
-    def _follow(self, act: Act, step: int) -> None:
-        messages = self._gather(act, step)
-        bodies: tuple[Any, ...] = tuple(message.body for message in messages)
-        match act:
-            case Act.PROBE:
-                self._plan(bodies)
-            case Act.STEP:
-                self._judge(bodies)
-            case Act.EVALUATE:
-                self._evaluated(step, bodies, max(message.seconds for message in messages))
-            case Act.PLACE | Act.LOAD:
-                pass
-
-    def _plan(self, cards: tuple[NodeCard, ...]) -> None:
+    def _plan(self, messages: Sequence[Message]) -> None:
+        cards = tuple(message.body for message in messages if isinstance(message.body, NodeCard))
         plan = plan_baseline(cards, self._config)
         self._dollars_per_hour = plan.dollars_per_hour
         save_plan(self._folder, plan, Fleet(nodes=cards, links=()))
@@ -163,8 +157,9 @@ class _Baseline:
         who = ", ".join(f"{card.node} ({card.device})" for card in cards)
         self._tell("started", f"{self._config.model.num_params:,} parameters, whole on {who}, through Ray Train")
 
-    def _judge(self, reports: tuple[StepReport, ...]) -> None:
+    def _judge(self, messages: Sequence[Message]) -> None:
         """Record a step with the decision that every worker has made of it, from the same sums."""
+        reports = tuple(message.body for message in messages if isinstance(message.body, StepReport))
         # The sums in a report are of all workers: one is enough.
         outcome = summarise(reports[:1])
         config = self._config
@@ -184,9 +179,11 @@ class _Baseline:
         )
         self._tracker.step(record)
 
-    def _evaluated(self, step: int, reports: tuple[EvalReport, ...], seconds: float) -> None:
+    def _evaluated(self, step: int, messages: Sequence[Message]) -> None:
+        reports = [message.body for message in messages if isinstance(message.body, EvalReport)]
         num_targets = sum(report.num_targets for report in reports)
         loss = sum(report.loss_sum for report in reports) / max(1, num_targets)
+        seconds = max(message.seconds for message in messages)
         self._tracker.evaluation(EvalRecord(step=step, loss=loss, num_targets=num_targets, seconds=seconds))
 
     def _end_job(self) -> None:

@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="isthmus",
         description="Train one language model on GPUs in many places.",
-        epilog="`isthmus VERB --help` has a verb's options and an example; begin with `isthmus demo`.",
+        epilog="`isthmus VERB --help` has a verb's options and an example; begin with `isthmus demo`. "
+        "ISTHMUS_TRACEBACK=1 shows where an error came from.",
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version and exit"

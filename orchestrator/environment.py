@@ -32,6 +32,8 @@ def unmet_settings(values: Mapping[str, str]) -> dict[str, str]:
 def prepare_environment(address: str | None) -> None:
     """Set what Ray reads at import, where the user has not; call it before anything imports ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What a step that was given up raised meanwhile is nobody's concern, and a traceback on the console.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     for key, value in RAY_SETTINGS.items():
         os.environ.setdefault(key, value)
     if address is None and "RAY_AUTH_MODE" not in os.environ:

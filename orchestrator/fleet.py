@@ -12,10 +12,10 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,38 +45,36 @@ class Slot:
     price_per_hour: float
     num_gpus: int
     num_threads: int
+    # How many places take their memory from the same machine, this one included; of a GPU's, it has its own.
+    num_sharing: int
 
 
 class Crew:
     """The node actors of a run, by node name."""
 
-    def __init__(self, run: str, slots: Sequence[Slot], timeouts: TimeoutConfig) -> None:
+    def __init__(self, run: str, find_slots: Callable[[], list[Slot]], timeouts: TimeoutConfig) -> None:
         self._run = run
         self._timeouts = timeouts
-        self._slots = {slot.node: slot for slot in slots}
+        self._find_slots = find_slots
+        self._slots = {slot.node: slot for slot in find_slots()}
+        self._num_wanted = len(self._slots)
+        # Ray nodes that did not come up again.
+        self._gone: set[str] = set()
         self._actors: dict[str, Any] = {}
         self._cards: dict[str, NodeCard] = {}
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the places that the crew has."""
+        return tuple(self._slots)
 
     def actor_name(self, node: str) -> str:
         """Return the name under which a node's peers find it."""
         return f"{self._run}/{node}"
 
     def start(self) -> None:
-        """Start an actor on every slot that has none; FleetError names the one that does not come up."""
-        missing = [slot for slot in self._slots.values() if slot.node not in self._actors]
-        for slot in missing:
-            self._actors[slot.node] = (
-                ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(NodeActor)
-                .options(
-                    name=self.actor_name(slot.node),
-                    namespace=NAMESPACE,
-                    num_cpus=0,
-                    num_gpus=slot.num_gpus,
-                    label_selector={"ray.io/node-id": slot.ray_node_id},
-                )
-                .remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour)
-            )
-        nodes = [slot.node for slot in missing]
+        """Start an actor on every slot; FleetError names one that does not come up, or whose Ray lacks a setting."""
+        nodes = self._launch()
         try:
             settings = self.call(nodes, "settings", [REQUIRED_SETTINGS for _ in nodes], self._timeouts.place_s)
         except PeerTimeout as error:
@@ -101,18 +99,20 @@ class Crew:
         return Fleet(nodes=nodes, links=self._probe_links(probe_bytes))
 
     def revive(self) -> None:
-        """Start the dead actors again where their Ray node lives; forget the places whose Ray node is gone."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        for node, slot in list(self._slots.items()):
-            if slot.ray_node_id not in alive:
-                del self._slots[node]
-                self._cards.pop(node, None)
-                self._actors.pop(node, None)
-            elif node in self._actors and not self._answers(node):
-                ray.kill(self._actors.pop(node), no_restart=True)
+        """Replace what is dead: an actor where its Ray node lives, else by a Ray node that has come since.
+
+        FleetError where no node is left.
+        """
+        self._forget_lost()
+        self._take_in_new()
+        while silent := [node for node in self._launch() if not self._answers(node)]:
+            # Ray takes a node for alive for a while after it is gone: what does not come up is not there.
+            for node in silent:
+                self._gone.add(self._slots[node].ray_node_id)
+                self._forget(node)
+            self._take_in_new()
         if not self._slots:
             raise FleetError("no node of the cluster is left", "bring nodes back, then start the same run again")
-        self.start()
 
     def call(self, nodes: Sequence[str], method: str, orders: Sequence[object], timeout_s: float) -> tuple[Any, ...]:
         """Call a method of several nodes at once and return their answers in order.
@@ -148,6 +148,48 @@ class Crew:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors.clear()
+
+    def _launch(self) -> list[str]:
+        """Create an actor on every slot that has none; return their nodes without waiting for them."""
+        missing = [slot for slot in self._slots.values() if slot.node not in self._actors]
+        for slot in missing:
+            self._actors[slot.node] = (
+                # Ray's types do not know this option.
+                ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(NodeActor)  # pyright: ignore[reportCallIssue]
+                .options(
+                    name=self.actor_name(slot.node),
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    num_gpus=slot.num_gpus,
+                    label_selector={"ray.io/node-id": slot.ray_node_id},
+                )
+                .remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour, slot.num_sharing)
+            )
+        return [slot.node for slot in missing]
+
+    def _forget_lost(self) -> None:
+        """Drop the slots whose Ray node is gone, and the actors that do not answer."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node, slot in list(self._slots.items()):
+            if slot.ray_node_id not in alive:
+                self._forget(node)
+            elif node in self._actors and not self._answers(node):
+                ray.kill(self._actors.pop(node), no_restart=True)
+
+    def _forget(self, node: str) -> None:
+        del self._slots[node]
+        self._cards.pop(node, None)
+        actor = self._actors.pop(node, None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def _take_in_new(self) -> None:
+        """Add slots of Ray nodes that have come since, up to as many as the run began with."""
+        used = {slot.ray_node_id for slot in self._slots.values()} | self._gone
+        for slot in self._find_slots():
+            if slot.ray_node_id not in used and len(self._slots) < self._num_wanted:
+                name = next(name for name in map(_node_name, count()) if name not in self._slots)
+                self._slots[name] = replace(slot, node=name)
 
     def _answers(self, node: str) -> bool:
         try:
@@ -210,9 +252,14 @@ def open_ray(address: str | None) -> Iterator[None]:
 def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: TimeoutConfig) -> Iterator[Crew]:
     """Open Ray and put a crew on its nodes; on leaving end both."""
     with open_ray(address):
-        crew = Crew(run, _slots(config, embedded=address is None), timeouts)
-        crew.start()
+        crew = Crew(run, lambda: _slots(config, embedded=address is None), timeouts)
+        if config.nodes is not None and len(crew.nodes) < config.nodes:
+            raise FleetError(
+                f"fleet.nodes is {config.nodes}; the cluster has {len(crew.nodes)} places",
+                f"set fleet.nodes={len(crew.nodes)}, or add nodes",
+            )
         try:
+            crew.start()
             yield crew
         finally:
             crew.stop()
@@ -255,7 +302,7 @@ def _require_listener(address: str) -> None:
 
 def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:
     """Return the places to train on: on this machine as many as asked, on a cluster one a GPU, or a CPU-only node."""
-    found: list[tuple[Mapping[str, Any], int, int]] = []
+    found: list[tuple[Mapping[str, Any], int, int, int]] = []
     for ray_node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
         resources = ray_node["Resources"]
         num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -263,16 +310,17 @@ def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:
             continue
         places = num_gpus or ((config.nodes or _EMBEDDED_NODES) if embedded else 1)
         threads = config.threads or max(1, num_cpus // places)
-        found += [(ray_node, min(1, num_gpus), threads)] * places
-    if config.nodes is not None and len(found) < config.nodes:
-        raise FleetError(
-            f"fleet.nodes is {config.nodes}; the cluster has {len(found)} places",
-            f"set fleet.nodes={len(found)}, or add nodes",
-        )
-    return [_slot(config, f"node-{i}", *place) for i, place in enumerate(found[: config.nodes])]
+        found += [(ray_node, min(1, num_gpus), threads, 1 if num_gpus else places)] * places
+    return [_slot(config, _node_name(i), *place) for i, place in enumerate(found[: config.nodes])]
 
 
-def _slot(config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int) -> Slot:
+def _node_name(number: int) -> str:
+    return f"node-{number}"
+
+
+def _slot(
+    config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int, num_sharing: int
+) -> Slot:
     region, price_per_hour = region_and_price(config, ray_node["Labels"])
     return Slot(
         node=name,
@@ -281,6 +329,7 @@ def _slot(config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus:
         price_per_hour=price_per_hour,
         num_gpus=num_gpus,
         num_threads=num_threads,
+        num_sharing=num_sharing,
     )
 
 

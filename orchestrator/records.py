@@ -54,7 +54,7 @@ class StepRecord:
     step_s: float
     tokens_per_s: float
     eta_s: float
-    # Spent since the run's first step.
+    # The price of the time that all steps took so far.
     dollars: float
     stages: tuple[StageRecord, ...]
     links: tuple[LinkRecord, ...]

@@ -46,6 +46,8 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 class RunTotals:
     """A run in a few numbers; None where its records do not tell."""
 
+    # Of the last step: a stage each in a pipeline, the workers of a baseline.
+    num_nodes: int
     num_steps: int
     tokens: int
     loss: float | None
@@ -66,6 +68,7 @@ def totals(history: History) -> RunTotals:
     tokens = steps[-1].total_tokens if steps else 0
     dollars = steps[-1].dollars if steps else 0.0
     return RunTotals(
+        num_nodes=len(steps[-1].stages) if steps else 0,
         num_steps=len(steps),
         tokens=tokens,
         loss=steps[-1].loss if steps else None,
@@ -89,6 +92,7 @@ def comparison(run: RunTotals, baseline: RunTotals | None) -> list[tuple[str, st
         return label, of(run), of(baseline) if baseline else "-"
 
     return [
+        row("nodes", lambda t: str(t.num_nodes)),
         row("steps", lambda t: f"{t.num_steps:,}"),
         row("tokens", lambda t: f"{t.tokens:,}"),
         row("training loss", lambda t: shown(t.loss, "{:.4f}")),
@@ -97,7 +101,7 @@ def comparison(run: RunTotals, baseline: RunTotals | None) -> list[tuple[str, st
         row("time in steps", lambda t: duration_text(t.seconds)),
         row("dollars", lambda t: f"{t.dollars:.2f}"),
         row("$/M tokens", lambda t: shown(t.dollars_per_mtoken, "{:.4f}")),
-        row("sent between stages", lambda t: decimal(t.raw_bytes)),
+        row("sent between nodes", lambda t: decimal(t.raw_bytes)),
         row("of that on the wire", lambda t: decimal(t.wire_bytes)),
         row("bytes saved", lambda t: f"{t.raw_bytes / t.wire_bytes:.1f}x" if t.wire_bytes else "-"),
     ]

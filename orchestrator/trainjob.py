@@ -28,7 +28,7 @@ from ray.util.queue import Queue
 
 from actors.centralised import CentralisedWorker, WorkerSpec
 from actors.errors import FleetError, IsthmusError, StageError
-from actors.probe import device_name, free_memory_bytes, time_parts
+from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
 from actors.spec import EvalReport, NodeCard, StepReport
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.fleet import region_and_price
@@ -48,7 +48,7 @@ class Act(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What a worker says after each act of the program, in its order."""
+    """What a worker says after each act: placed, probed, loaded, then those of the program, in its order."""
 
     worker: int
     act: Act
@@ -81,10 +81,7 @@ class TrainJob:
 
 
 def program(train: TrainConfig) -> Iterator[tuple[Act, int]]:
-    """Yield what every worker does, in order: the acts and their steps, evaluations as `isthmus train` has them."""
-    yield Act.PLACE, 0
-    yield Act.PROBE, 0
-    yield Act.LOAD, 0
+    """Yield what every loaded worker does, in order: steps, and evaluations before the steps that a run has them at."""
     for step in range(train.steps):
         if train.eval_every > 0 and step > 0 and step % train.eval_every == 0:
             yield Act.EVALUATE, step
@@ -154,14 +151,21 @@ def work(job: TrainJob, messages: Queue) -> None:
     """
     config = job.config
     context = ray.train.get_context()
-    number, num_workers = context.get_world_rank(), context.get_world_size()
+    number = context.get_world_rank()
     torch.set_num_threads(job.share.num_threads)
     device = ray.train.torch.get_device()
     assert isinstance(device, torch.device)
+
+    def say(act: Act, step: int, seconds: float = 0.0, body: NodeCard | StepReport | EvalReport | None = None) -> None:
+        messages.put(Message(worker=number, act=act, step=step, seconds=seconds, body=body))
+
+    say(Act.PLACE, 0)
+    # Before there is a model in its memory.
+    say(Act.PROBE, 0, body=_card(config, number, device, 1 if job.share.num_gpus else context.get_local_world_size()))
     spec = WorkerSpec(
         run=job.name,
         worker=number,
-        num_workers=num_workers,
+        num_workers=context.get_world_size(),
         model=config.model,
         batch=config.batch,
         optim=config.optim,
@@ -170,30 +174,21 @@ def work(job: TrainJob, messages: Queue) -> None:
         activation_checkpointing=config.train.activation_checkpointing,
     )
     worker = CentralisedWorker(spec, device, torch.distributed.all_reduce)
+    worker.load()
+    say(Act.LOAD, 0)
     state, commit = RunState(step=0, generation=0), None
     for act, step in program(config.train):
         began_s = time.monotonic()
-        body = decision = None
-        match act:
-            case Act.PLACE:
-                pass
-            case Act.PROBE:
-                body = _card(config, number, device)
-            case Act.LOAD:
-                worker.load()
-            case Act.STEP:
-                body = worker.step(step, commit)
-                state, decision = on_step_done(
-                    state, summarise((body,)), config.guard, config.optim, config.train.steps
-                )
-            case Act.EVALUATE:
-                body = worker.evaluate(step, commit, config.train.eval_microbatches)
-        seconds = time.monotonic() - began_s
-        messages.put(Message(worker=number, act=act, step=step, seconds=seconds, body=body))
+        if act is Act.EVALUATE:
+            evaluated = worker.evaluate(step, commit, config.train.eval_microbatches)
+            say(act, step, time.monotonic() - began_s, evaluated)
+            continue
+        report = worker.step(step, commit)
+        say(act, step, time.monotonic() - began_s, report)
+        state, decision = on_step_done(state, summarise((report,)), config.guard, config.optim, config.train.steps)
         if isinstance(decision, Stop):
             return
-        if decision is not None:
-            commit = decision.commit
+        commit = decision.commit
 
 
 def failure_of(error: ray.train.TrainingFailedError, job: TrainJob) -> IsthmusError:
@@ -207,6 +202,7 @@ def failure_of(error: ray.train.TrainingFailedError, job: TrainJob) -> IsthmusEr
         if isinstance(cause, IsthmusError):
             return cause
     trace = job.storage / "failure.txt"
+    job.storage.mkdir(parents=True, exist_ok=True)
     write_atomic(trace, str(error))
     who, cause = causes[0] if causes else ("Ray Train", error)
     # Of Ray Train's own errors the second line has the reason.
@@ -214,18 +210,21 @@ def failure_of(error: ray.train.TrainingFailedError, job: TrainJob) -> IsthmusEr
     return StageError(f"{who} of baseline {job.name} failed: {what}", f"{trace} has the traceback")
 
 
-def _card(config: RunConfig, worker: int, device: torch.device) -> NodeCard:
-    """Measure this worker as a node of the fleet is measured."""
+def _card(config: RunConfig, worker: int, device: torch.device, num_sharing: int) -> NodeCard:
+    """Measure this worker, one of `num_sharing` that share their machine's memory, as a node of a fleet is measured."""
     # Text by name; its annotation says otherwise.
     labels: Any = ray.get_runtime_context().get_node_labels()
     region, price_per_hour = region_and_price(config.fleet, labels)
+    node = f"worker-{worker}"
+    memory_bytes = free_memory_bytes(device) // num_sharing
+    require_probe_memory(config.model, config.batch, memory_bytes, node)
     return NodeCard(
-        node=f"worker-{worker}",
+        node=node,
         host=socket.gethostname(),
         region=region,
         device=device_name(device),
         boundary_bytes=2 if device.type == "cuda" else 4,
-        memory_bytes=free_memory_bytes(device),
+        memory_bytes=memory_bytes,
         times=time_parts(config.model, config.batch, device, time.perf_counter),
         price_per_hour=price_per_hour,
     )

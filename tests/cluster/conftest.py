@@ -6,10 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from orchestrator.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 # Before anything imports ray, whose core reads its environment once. Auth is off explicitly: the cluster lives only
 # as long as these tests, and listens for them alone.
@@ -18,8 +22,13 @@ prepare_environment("tests")
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+def ray_address(ray_cluster: Cluster) -> str:
     """The address of a cluster with three CPU nodes, in two regions at two prices."""
+    return ray_cluster.address
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Cluster]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
@@ -29,7 +38,7 @@ def ray_address() -> Iterator[str]:
     try:
         for region, price in (("eu", "1.0"), ("eu", "1.0"), ("us", "2.0")):
             cluster.add_node(num_cpus=1, labels={"region": region, "price": price}, include_dashboard=False)
-        yield cluster.address
+        yield cluster
     finally:
         cluster.shutdown()
         if before is None:

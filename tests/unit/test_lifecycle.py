@@ -235,3 +235,11 @@ def test_stage_errors_cost_no_more_than_their_rebuilds() -> None:
     state, decision = failed(SETTLED, StageError("stage 1 failed"), lost=True)
     assert isinstance(decision, Rebuild)
     assert isinstance(failed(state, StageError("stage 1 failed"), lost=True)[1], Stop)
+
+
+def test_a_gradient_that_is_no_number_is_named_with_the_stage_where_it_began() -> None:
+    reports = (report(0, 1.0, math.nan), report(1, math.inf), report(2, 1.0, loss_sum=3.0, num_targets=1))
+    _, decision = done(SETTLED, summarise(reports))
+    assert decision.commit.skip
+    # Gradients flow from the last stage to the first.
+    assert decision.skip_reason == "stage 1 has a gradient that is infinite or NaN"

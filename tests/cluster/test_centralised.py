@@ -15,13 +15,13 @@ from orchestrator.baseline import train_baseline
 from orchestrator.config import RunConfig
 from orchestrator.controller import train
 from orchestrator.events import History, read_history
-from orchestrator.report import write_report
+from orchestrator.report import comparison, totals, write_report
 from orchestrator.runfolder import RunFolder
 from orchestrator.status import read_status, state_text
 from tests.reference import train_plainly
 from tests.small_run import small_config
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 STEPS = 5
 
 
@@ -53,8 +53,12 @@ def test_baseline_equals_the_pipeline_and_the_plain_loop(tmp_path: Path, ray_add
     assert baseline.steps[-1].dollars > 0
     assert [event.name for event in baseline.events] == ["started", "finished"]
     assert state_text(read_status(folder.path), time.time()) == "finished"
+    rows = {what: both for what, *both in comparison(totals(pipeline), totals(baseline))}
+    assert rows["nodes"] == ["2", "1"]
+    for same in ("steps", "tokens", "training loss", "held-out loss"):
+        assert rows[same][0] == rows[same][1] != "-"
     page = write_report(run.folder, folder.path, tmp_path / "report.html").read_text()
-    assert "small-baseline" in page
+    assert all(f"<td>{cell}</td>" in page for cell in rows["held-out loss"])
 
 
 def test_two_workers_equal_the_plain_loop_to_rounding(tmp_path: Path, ray_address: str) -> None:
