@@ -135,6 +135,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
             line = _first_line(error)
             named = line.startswith(word.partition("=")[0] or "=")
             raise ConfigError(line if named else f"{word}: {line}", _SEE_KEYS) from error
+    _require_no_interpolation(OmegaConf.to_container(merged, resolve=False))
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -174,6 +175,15 @@ def _read_overlay(word: str) -> object:
         raise ConfigError(f"{word} cannot be read: {error.strerror}", "name a file under conf/, or your own") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{word} is not YAML: {_first_line(error)}", "mend that line") from error
+
+
+def _require_no_interpolation(values: object, key: str = "") -> None:
+    """Refuse ${...}: it could carry a secret of the environment into the run's folder, and to W&B."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _require_no_interpolation(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, str) and "${" in values:
+        raise ConfigError(f"{key} is {values!r}", "write the value itself; secrets belong in the environment")
 
 
 def _require_finite(values: dict[str, Any], prefix: str = "") -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 
@@ -41,16 +40,11 @@ def run_demo(words: list[str], console: Console, interrupted: Callable[[], bool]
     )
     console.print("a sample of what it writes:\n", style="bold")
     console.print(sample, markup=False, highlight=False)
-    folder = _shown(result.folder)
-    console.print(f"\nall in {time.monotonic() - began_s:.0f} s; the run folder is {folder}")
+    console.print(f"\nall in {time.monotonic() - began_s:.0f} s; the run folder is {result.folder}")
     console.print("next: ", style="bold", end="")
     console.print(
-        f"isthmus report {folder}   |   isthmus generate {folder} --prompt 'class '   |   "
+        f"isthmus report {result.folder}   |   isthmus generate {result.folder} --prompt 'class '   |   "
         f"isthmus train {_CONFIG} train.steps={2 * config.train.steps}",
         highlight=False,
     )
     return 0
-
-
-def _shown(path: Path) -> str:
-    return os.path.relpath(path)

@@ -6,6 +6,7 @@ node that died, PeerTimeout for one that did not answer, and the stage's own err
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from orchestrator.config import FleetConfig
 from orchestrator.environment import REQUIRED_SETTINGS, unmet_settings
 
 _EMBEDDED_NODES = 4
+_FOLDER_PREFIX = "isthmus-"
 # Every pair of up to this many nodes is probed; of more, each node and the next.
 _MAX_ALL_PAIRS = 6
 _CONNECT_S, _MAX_PORT = 10.0, 65535
@@ -236,8 +238,7 @@ def answer_of(ref: Any, node: str) -> Any:
 @contextmanager
 def open_ray(address: str | None) -> Iterator[None]:
     """Join the cluster at `address`, or start Ray on this machine; on leaving end what was started."""
-    # Under /tmp for a short path: the names of Unix sockets have a limit.
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir="/tmp")) if address is None else None
+    folder = _own_folder() if address is None else None
     try:
         with _keep_sigterm():
             _init_ray(address, folder)
@@ -246,6 +247,19 @@ def open_ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder() -> Path:
+    """Return a new folder for Ray's files, and remove those of drivers that were killed.
+
+    Under /tmp for a short path: the names of Unix sockets have a limit.
+    """
+    tmp = Path("/tmp")  # noqa: S108
+    for folder in tmp.glob(f"{_FOLDER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=tmp))
 
 
 @contextmanager

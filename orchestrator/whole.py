@@ -47,7 +47,8 @@ def open_trained(run: Path) -> TrainedRun:
     if not folder.config.exists():
         raise UserError(f"there is no run in {run}", "list the runs with `isthmus status`")
     config = parse_config(folder.config.read_text())
-    store = open_store(checkpoint_url(config))
+    # A run folder may have moved since, with the checkpoints in it.
+    store = open_store(checkpoint_url(config) if config.checkpoints.url else str(folder.checkpoints.resolve()))
     bad: list[CheckpointError] = []
     manifest = CheckpointLedger(store).newest_whole(lambda _, error: bad.append(error))
     if manifest is None:

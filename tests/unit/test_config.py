@@ -90,3 +90,10 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_a_saved_configuration_of_another_release_is_said_to_be_one() -> None:
     with pytest.raises(ConfigError, match=r"saved configuration .*: use the release"):
         parse_config(yaml.safe_dump({"train": {"later_key": 1}}))
+
+
+def test_interpolation_is_refused_because_it_could_carry_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    with pytest.raises(ConfigError, match=r"data\.path is") as caught:
+        load_config(["data.path=${oc.env:A_SECRET}"])
+    assert "hunter2" not in str(caught.value)
