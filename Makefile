@@ -20,6 +20,10 @@ demo: env
 test: env lint
 	$(BIN)/python -m pytest tests
 
+# On a machine with a CUDA device and torch; Ray is not needed.
+gpu:
+	$(PYTHON) -m pytest tests/gpu -m gpu
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from actors.model.huggingface import load_weights
 from actors.model.init import initialise
 from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
-from actors.pipeline import Timeline
+from actors.pipeline import Timeline, total_s
 from actors.settings import BatchSpec, DataConfig
 from actors.spec import Commit, EvalReport, Kind, LinkCount, StepReport
 
@@ -57,8 +57,12 @@ class CentralisedWorker:
         self._spec = spec
         self._all_reduce = all_reduce
         model = DecoderStage(
-            spec.model, 0, spec.model.num_layers, activation_checkpointing=spec.activation_checkpointing
-        ).to(device)
+            spec.model,
+            0,
+            spec.model.num_layers,
+            activation_checkpointing=spec.activation_checkpointing,
+            device=device,
+        )
         self.engine = StageEngine(model, spec.optim)
         vocab_size = spec.model.vocab_size
         self._train = TokenSource(spec.data, "train", spec.batch, seed=spec.seed, vocab_size=vocab_size)
@@ -77,7 +81,7 @@ class CentralisedWorker:
         Loss, targets, gradient norms and the first bad microbatch in the report are of the whole step, the same on
         every worker; times and bytes are this worker's own. Raises OutOfDeviceMemory.
         """
-        timeline = Timeline(time.monotonic)
+        timeline = Timeline(time.monotonic, self.engine.device)
         if commit is not None:
             with timeline.record("C"):
                 self.engine.commit(commit)
@@ -154,6 +158,7 @@ class CentralisedWorker:
 
     def _report(self, step: int, totals: list[float], links: tuple[LinkCount, ...], timeline: Timeline) -> StepReport:
         loss_sum, num_targets, *flags = totals
+        actions = timeline.actions()
         return StepReport(
             run=self._spec.run,
             generation=0,
@@ -164,10 +169,10 @@ class CentralisedWorker:
             num_targets=int(num_targets),
             grad_sq=self.engine.grad_sq(),
             nonfinite_microbatch=next((i for i, flag in enumerate(flags) if flag), -1),
-            compute_s=timeline.total_s("F", "B", "C"),
-            wait_s=timeline.total_s("wB"),
-            step_s=timeline.clock() - timeline.start_s,
-            actions=tuple(timeline.actions),
+            compute_s=total_s(actions, "F", "B", "C"),
+            wait_s=total_s(actions, "wB"),
+            step_s=timeline.elapsed_s,
+            actions=actions,
             links=links,
             saves=(),
             peak_memory_bytes=self.engine.peak_memory_bytes(),

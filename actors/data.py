@@ -39,8 +39,9 @@ class Microbatch:
 class TokenSource:
     """One split of prepared data as sequences of `batch.seq_len` tokens, addressed by step and microbatch.
 
-    Sequences are windows that overlap by one token, so each token but the first is a target once an epoch. The train
-    split is shuffled anew each epoch; the val split is read in order and wraps around. Raises DataError where the data
+    Sequences are windows that overlap by one token, so each token but the first, and but the tail that fills no window,
+    is a target once an epoch. The train split is shuffled anew each epoch; the val split is read in order and wraps
+    around. Raises DataError where the data
     are missing, too small for one sequence, or of a larger vocabulary than the model's; later, from any method, where
     a shard proves bad when first touched.
     """

@@ -70,10 +70,10 @@ class StageEngine:
         `hidden_BTD` comes from the stage before, None on the first; `batch` is needed on the first and the last
         stage, and on every stage where attention keeps to documents.
         """
-        input_BTD = None if hidden_BTD is None else hidden_BTD.to(self.device).requires_grad_()
+        input_BTD = None if hidden_BTD is None else self._residual(hidden_BTD).requires_grad_()
         output = self._run_model(input_BTD, batch)
         if batch is not None and self.model.is_last:
-            loss_sum, _ = token_losses(output, self._to_device(batch.targets_BT))
+            loss_sum = token_losses(output, self._to_device(batch.targets_BT))
             self._loss_sum += loss_sum.detach()
             self._num_targets += batch.num_targets
             output = loss_sum / self._step_targets
@@ -146,11 +146,10 @@ class StageEngine:
     @torch.no_grad()
     def evaluate(self, hidden_BTD: torch.Tensor | None, batch: Microbatch | None) -> torch.Tensor:
         """Run one held-out microbatch forward; return hidden_BTD, or on the last stage the sum of its losses."""
-        output = self._run_model(None if hidden_BTD is None else hidden_BTD.to(self.device), batch)
+        output = self._run_model(None if hidden_BTD is None else self._residual(hidden_BTD), batch)
         if batch is None or not self.model.is_last:
             return output.to(self.boundary_dtype)
-        loss_sum, _ = token_losses(output, self._to_device(batch.targets_BT))
-        return loss_sum
+        return token_losses(output, self._to_device(batch.targets_BT))
 
     def _run_model(self, input_BTD: torch.Tensor | None, batch: Microbatch | None) -> torch.Tensor:
         documents_BT = None if batch is None or batch.documents_BT is None else self._to_device(batch.documents_BT)
@@ -159,6 +158,10 @@ class StageEngine:
             input_BTD = self._to_device(batch.tokens_BT)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(input_BTD, documents_BT)
+
+    def _residual(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return a boundary's hidden_BTD as this stage goes on with it: in float32, wherever the model was cut."""
+        return hidden_BTD.to(self.device, torch.float32)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -50,6 +50,10 @@ class CheckpointCorrupt(CheckpointError):
     """A checkpoint's file is missing, torn, or not what its manifest says."""
 
 
+class CheckpointForeign(CheckpointError):
+    """A checkpoint was written by another release of Isthmus, whose manifests have other keys."""
+
+
 class RunBusy(UserError):
     """Another process is driving the run of this name."""
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from actors.errors import FrameCorrupt
+from actors.errors import FrameCorrupt, FrameUnexpected
 from actors.spec import Kind
 
 MAGIC = b"ISTH"
+# Any version has this in the fifth byte, and a header of this size with its checksum at the end.
 VERSION = 1
 MAX_DIMS = 4
 # A header may not announce a frame beyond this, whatever the plan allows.
@@ -134,7 +135,8 @@ def pack_chunk(header: FrameHeader, payload: memoryview) -> bytes:
 def parse_chunk(chunk: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
     """Return the header and a view of the payload of one chunk that may come from anyone.
 
-    Raises FrameCorrupt for anything that `pack_chunk` cannot have made.
+    Raises FrameCorrupt for what was damaged or cut on the way, FrameUnexpected for what was made like this: of another
+    version, or with fields that contradict one another.
     """
     view = memoryview(chunk).cast("B")
     if len(view) < HEADER_BYTES:
@@ -142,14 +144,11 @@ def parse_chunk(chunk: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
     body = view[: _BODY.size]
     if bytes(body[:4]) != MAGIC:
         raise _corrupt(f"it starts with {bytes(body[:4])!r}, not {MAGIC!r}")
-    if body[4] != VERSION:
-        raise FrameCorrupt(
-            f"a frame of version {body[4]} came; this node speaks version {VERSION}",
-            "run the same release of Isthmus on every node",
-        )
     (crc,) = _CRC.unpack_from(view, _BODY.size)
     if crc != zlib.crc32(body):
-        raise _corrupt("the header's checksum is wrong")
+        raise _corrupt(f"the checksum of its header, of version {body[4]}, is wrong")
+    if body[4] != VERSION:
+        raise _unexpected(f"a frame of version {body[4]} came; this node speaks version {VERSION}")
     header = _header(body)
     payload = view[HEADER_BYTES:]
     if len(payload) != header.payload_bytes:
@@ -179,13 +178,13 @@ def _header(body: memoryview) -> FrameHeader:
         crc,
     ) = rest
     if bytes(body[13:16]) != b"\0\0\0":
-        raise _corrupt("its reserved bytes are not zero")
+        raise _unexpected("a frame's reserved bytes are not zero")
     if kind not in Kind.__members__.values() or dtype not in WireDtype.__members__.values():
-        raise _corrupt(f"kind {kind} or dtype {dtype} is unknown")
+        raise _unexpected(f"a frame's kind {kind} or dtype {dtype} is unknown")
     if not 1 <= num_dims <= MAX_DIMS or any(shape[num_dims:]) or not all(shape[:num_dims]):
-        raise _corrupt(f"the shape {shape} of {num_dims} dimensions makes no sense")
+        raise _unexpected(f"a frame's shape {shape} of {num_dims} dimensions makes no sense")
     if frame_bytes > MAX_FRAME_BYTES or chunk >= num_chunks or offset + size > frame_bytes:
-        raise _corrupt(f"chunk {chunk} of {num_chunks}, {size} bytes at {offset}, does not fit in {frame_bytes}")
+        raise _unexpected(f"chunk {chunk} of {num_chunks}, {size} bytes at {offset}, does not fit in {frame_bytes}")
     return FrameHeader(
         codec=codec,
         kind=Kind(kind),
@@ -212,3 +211,7 @@ def _header(body: memoryview) -> FrameHeader:
 
 def _corrupt(why: str) -> FrameCorrupt:
     return FrameCorrupt(f"a frame is corrupt: {why}", "the sender repeats it; if this goes on, check that link")
+
+
+def _unexpected(why: str) -> FrameUnexpected:
+    return FrameUnexpected(why, "run the same release of Isthmus on every node")

@@ -26,9 +26,13 @@ from actors.frame import FrameHeader, run_id, split_frame, wire_bytes
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
 from actors.spec import Kind, LinkCount
 
-# How soon a chunk goes out again where the peer had no room, or the chunk came damaged or not at all.
+# How soon a chunk goes out again where the peer had no room, twice as long each time, and at most.
 _BUSY_RETRY_S = 0.02
+_MAX_BUSY_RETRY_S = 1.0
+# The same where the chunk came damaged or not at all.
 _ERROR_RETRY_S = 0.5
+# After these a chunk need never go out again.
+_SETTLED = (Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.STALE)
 
 
 class Carrier(Protocol):
@@ -73,19 +77,24 @@ class _Answer:
     answer: Receipt | IsthmusError
 
 
-class _Close:
-    """The last message."""
+@dataclass(eq=False)
+class _Frame:
+    """A frame of which some chunks are not settled."""
+
+    kind: Kind
+    chunks_left: int
 
 
 @dataclass
 class _Pending:
     """A chunk that is under way or waits to be repeated."""
 
-    kind: Kind
+    frame: _Frame
     chunk: bytes
     # When to give up on the peer, and when to act next.
     give_up_s: float
     due_s: float
+    busy_retry_s: float
     attempt: int = 0
     # The last answer, where it was not a good one.
     trouble: str = "it answers nothing"
@@ -102,21 +111,30 @@ class Link:
         self._on_failure = on_failure
         self._run = run_id(settings.run)
         self._encoder = Encoder()
-        self._messages: queue.SimpleQueue[_Send | _Answer | _Close] = queue.SimpleQueue()
-        self._waiting: deque[tuple[Kind, bytes]] = deque()
+        # None only wakes the thread.
+        self._messages: queue.SimpleQueue[_Send | _Answer | None] = queue.SimpleQueue()
+        self._waiting: deque[tuple[_Frame, bytes]] = deque()
         self._pending: dict[int, _Pending] = {}
         self._in_flight_bytes = 0
         self._num_pushed = 0
         self._generation = 0
         self._counts_lock = threading.Lock()
         self._counts: dict[Kind, list[int]] = {}
+        self._is_closed = False
+        # Guards the two below, which senders look at.
+        self._room = threading.Condition()
+        self._num_unsettled = 0
+        self._broken: StageError | None = None
         self._thread = threading.Thread(target=self._loop, name=f"outbox-{settings.target}", daemon=True)
         self._thread.start()
 
     def send(
         self, tensor: torch.Tensor, codec: Codec, kind: Kind, *, generation: int, step: int, microbatch: int
     ) -> None:
-        """Queue one boundary tensor; it must not change afterwards."""
+        """Queue one boundary tensor; it must not change afterwards. Raises StageError once the outbox has broken."""
+        with self._room:
+            self._require_unbroken()
+            self._num_unsettled += 1
         dtype = WIRE_DTYPES[tensor.dtype]
         frame_bytes = codec.size_bytes(tensor.numel(), tensor.dtype)
         header = FrameHeader(
@@ -136,6 +154,19 @@ class Link:
         self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
         self._messages.put(_Send(header, codec, tensor, mark_ready(tensor)))
 
+    def wait_for_room(self, max_frames: int, timeout_s: float) -> None:
+        """Wait until fewer frames than `max_frames` are queued or under way; PeerTimeout names the peer."""
+        with self._room:
+            has_room = self._room.wait_for(
+                lambda: self._num_unsettled < max_frames or self._broken is not None, timeout_s
+            )
+            self._require_unbroken()
+            if not has_room:
+                raise PeerTimeout(
+                    f"{self._carrier.peer} left {self._num_unsettled} frames unacknowledged for {timeout_s:g} s",
+                    "check that node and its link, or raise timeouts.frame_s",
+                )
+
     def drain_counts(self) -> tuple[LinkCount, ...]:
         """Return what was sent since the last call, repeats included, and start from zero."""
         with self._counts_lock:
@@ -154,7 +185,8 @@ class Link:
 
     def close(self) -> None:
         """Stop sending; what is queued is dropped."""
-        self._messages.put(_Close())
+        self._is_closed = True
+        self._messages.put(None)
         self._thread.join(timeout=self._settings.ack_s)
 
     def _count(self, kind: Kind, *, num_frames: int = 0, raw_bytes: int = 0, wire: int = 0) -> None:
@@ -163,13 +195,22 @@ class Link:
             for index, amount in enumerate((num_frames, raw_bytes, wire)):
                 total[index] += amount
 
+    def _require_unbroken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
     def _loop(self) -> None:
         try:
-            while not isinstance(message := self._next_message(), _Close):
+            message = self._next_message()
+            while not self._is_closed:
                 self._handle(message)
+                message = self._next_message()
         except Exception as error:
             # A thread that dies in silence would leave the peer, and the step, to wait for their deadlines.
             broke = StageError(f"the outbox to {self._carrier.peer} broke: {error!r}", "see this node's log")
+            with self._room:
+                self._broken = broke
+                self._room.notify_all()
             self._on_failure(self._generation, broke)
             raise
 
@@ -185,8 +226,8 @@ class Link:
             self._drop_all()
             self._on_failure(self._generation, error)
 
-    def _next_message(self) -> _Send | _Answer | _Close | None:
-        """Return the next message, or None when a chunk is due to be repeated."""
+    def _next_message(self) -> _Send | _Answer | None:
+        """Return the next message, or None when a chunk is due to be repeated, or the link was closed."""
         if not self._pending:
             return self._messages.get()
         due_s = min(pending.due_s for pending in self._pending.values()) - time.monotonic()
@@ -200,20 +241,22 @@ class Link:
             self._generation = message.header.generation
             self._drop_all()
         payload = self._encoder.encode(message.codec, message.tensor, message.ready)
-        chunks = split_frame(message.header, payload, self._settings.chunk_bytes)
-        self._waiting.extend((message.header.kind, chunk) for chunk in chunks)
+        chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
+        frame = _Frame(message.header.kind, len(chunks))
+        self._waiting.extend((frame, chunk) for chunk in chunks)
 
     def _fill_window(self) -> None:
         """Push waiting chunks while the window has room; one may always be under way."""
         while self._waiting:
-            kind, chunk = self._waiting[0]
+            frame, chunk = self._waiting[0]
             size = len(chunk)
             if self._in_flight_bytes and self._in_flight_bytes + size > self._settings.window_bytes:
                 return
             self._waiting.popleft()
             now_s = time.monotonic()
             self._num_pushed += 1
-            pending = _Pending(kind, chunk, give_up_s=now_s + self._settings.give_up_s, due_s=now_s)
+            give_up_s = now_s + self._settings.give_up_s
+            pending = _Pending(frame, chunk, give_up_s=give_up_s, due_s=now_s, busy_retry_s=_BUSY_RETRY_S)
             self._pending[self._num_pushed] = pending
             self._in_flight_bytes += size
             self._push(self._num_pushed, pending)
@@ -221,7 +264,7 @@ class Link:
     def _push(self, number: int, pending: _Pending) -> None:
         pending.attempt += 1
         if pending.attempt > 1:
-            self._count(pending.kind, wire=len(pending.chunk))
+            self._count(pending.frame.kind, wire=len(pending.chunk))
         pending.due_s = min(time.monotonic() + self._settings.ack_s, pending.give_up_s)
         attempt = pending.attempt
 
@@ -241,27 +284,36 @@ class Link:
     def _settle(self, message: _Answer) -> None:
         """Act on a receipt: done, send again later, or fail."""
         pending = self._pending.get(message.chunk)
-        if pending is None or pending.attempt != message.attempt:
+        if pending is None:
             return
         answer = message.answer
+        if isinstance(answer, Receipt) and answer.verdict is Verdict.REFUSED:
+            raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
+        if isinstance(answer, Receipt) and answer.verdict in _SETTLED:
+            self._finish(message.chunk, pending)
+        elif pending.attempt == message.attempt:
+            self._postpone(pending, answer)
+
+    def _finish(self, number: int, pending: _Pending) -> None:
+        del self._pending[number]
+        self._in_flight_bytes -= len(pending.chunk)
+        pending.frame.chunks_left -= 1
+        if pending.frame.chunks_left == 0:
+            self._make_room(1)
+
+    def _postpone(self, pending: _Pending, answer: Receipt | IsthmusError) -> None:
+        """Set when to send a chunk again, which its last attempt did not settle; raise where the peer is lost."""
         if isinstance(answer, PeerLost):
             raise answer
         now_s = time.monotonic()
-        if isinstance(answer, IsthmusError):
-            pending.trouble = str(answer)
+        if isinstance(answer, IsthmusError) or answer.verdict is Verdict.CORRUPT:
+            pending.trouble = answer.reason if isinstance(answer, Receipt) else str(answer)
             pending.due_s = now_s + _ERROR_RETRY_S
-        elif answer.verdict is Verdict.CORRUPT:
-            pending.trouble = answer.reason
-            pending.due_s = now_s + _ERROR_RETRY_S
-        elif answer.verdict is Verdict.BUSY:
+        else:
             # No room is the peer's own pace, not a fault: its clock starts anew.
             pending.give_up_s = now_s + self._settings.give_up_s
-            pending.due_s = now_s + _BUSY_RETRY_S
-        elif answer.verdict is Verdict.REFUSED:
-            raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
-        else:
-            del self._pending[message.chunk]
-            self._in_flight_bytes -= len(pending.chunk)
+            pending.due_s = now_s + pending.busy_retry_s
+            pending.busy_retry_s = min(2 * pending.busy_retry_s, _MAX_BUSY_RETRY_S)
 
     def _repeat_due(self) -> None:
         """Push again what was not acknowledged in time; give up on a peer that takes nothing for long."""
@@ -277,7 +329,14 @@ class Link:
                 )
             self._push(number, pending)
 
+    def _make_room(self, num_frames: int) -> None:
+        with self._room:
+            self._num_unsettled -= num_frames
+            self._room.notify_all()
+
     def _drop_all(self) -> None:
+        frames = {frame for frame, _ in self._waiting} | {pending.frame for pending in self._pending.values()}
+        self._make_room(len(frames))
         self._waiting.clear()
         self._pending.clear()
         self._in_flight_bytes = 0

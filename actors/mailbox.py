@@ -156,7 +156,9 @@ class Mailbox:
         with self._changed:
             if (verdict := self._admission(key, header)) is not Verdict.ACCEPTED:
                 return Receipt(verdict)
-            assembly = self._partial.setdefault(key, _Assembly(bytearray(header.frame_bytes), header.num_chunks))
+            assembly = self._partial.get(key)
+            if assembly is None:
+                assembly = self._partial[key] = _Assembly(bytearray(header.frame_bytes), header.num_chunks)
             assembly.payload[header.offset : header.offset + len(payload)] = payload
             assembly.parts[header.chunk] = (header.offset, len(payload))
             if not assembly.is_complete:
@@ -204,6 +206,8 @@ class Mailbox:
             names = ("run", "target", "source", "codec", "dtype", "shape")
             wrong = [f"{n} {a} is not {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
             raise _unexpected(f"a {header.kind.name} frame came whose {', '.join(wrong)}")
+        if header.flags or header.bits or header.block or header.seed:
+            raise _unexpected(f"a {header.kind.name} frame came with options that codec {expected.codec} does not have")
         # An evaluation may have more microbatches than a step; the window bounds those.
         is_beyond = header.kind is not Kind.EVAL_ACTIVATION and header.microbatch >= self._num_microbatches
         if header.frame_bytes != expected.frame_bytes or is_beyond:

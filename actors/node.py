@@ -1,8 +1,8 @@
 """The Ray shell around a node: calls come in by concurrency group, frames go out as actor calls. No maths here.
 
-    compute (one thread)   probe, assign, load, step, evaluate
-    control                ping, abort, flush, describe
-    inbox                  receive: a peer's chunk, inlined in the call
+    compute (one thread)   probe, probe_link, require_store, assign, load, step, evaluate, flush
+    control                ping, settings, abort
+    inbox                  receive, receive_probe: a peer's chunk, inlined in the call
 
 A plain threaded actor: one `async` method would put all of them on an event loop.
 """
@@ -19,7 +19,7 @@ import ray.actor
 import ray.exceptions
 import torch
 
-from actors.errors import PeerError, PeerLost, StageError
+from actors.errors import IsthmusError, PeerError, PeerLost, PeerTimeout, StageError, StoreError
 from actors.link import Carrier
 from actors.mailbox import Receipt, Verdict
 from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
@@ -35,8 +35,10 @@ from actors.spec import (
     SaveReport,
     StepOrder,
     StepReport,
+    StoreProbe,
 )
 from actors.stage import Stage, pick_device
+from actors.store import check_store, open_store
 
 CONCURRENCY_GROUPS = {"control": 4, "inbox": 4}
 NAMESPACE = "isthmus"
@@ -55,12 +57,18 @@ class RayCarrier:
         return answer
 
     def _pass_on(self, call: Future[Receipt], answer: Future[Receipt]) -> None:
-        """Give Ray's answer or error as ours: an unavailable actor may come back, a dead one may not."""
+        """Give Ray's answer or error as ours: an unavailable actor may come back, a dead one may not.
+
+        What the peer itself raised is its own error, where that is one of ours.
+        """
         error = call.exception()
         if error is None:
             answer.set_result(call.result())
         elif isinstance(error, ray.exceptions.ActorUnavailableError):
             answer.set_exception(PeerError(f"{self.peer} is not reachable now"))
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            failed = StageError(f"{self.peer} failed to take a chunk: {error.cause!r}", "see that node's log")
+            answer.set_exception(error.cause if isinstance(error.cause, IsthmusError) else failed)
         else:
             answer.set_exception(PeerLost(f"{self.peer} is gone: {error}", "isthmus status shows which node it was"))
 
@@ -99,17 +107,27 @@ class NodeActor:
             device=device_name(device),
             boundary_bytes=2 if device.type == "cuda" else 4,
             memory_bytes=memory_bytes,
-            times=time_parts(order.model, order.batch, device, time.perf_counter),
+            times=time_parts(order.model, order.batch, device, time.perf_counter, document_mask=order.document_mask),
             price_per_hour=self._price_per_hour,
         )
 
     def probe_link(self, order: LinkProbeOrder) -> LinkCard:
-        """Measure delay and rate to another node: the best of a few empty and a few full calls."""
+        """Measure delay and rate to another node: the best of a few empty and a few full calls.
+
+        Raises PeerTimeout where a call takes longer than the order allows.
+        """
         peer = ray.get_actor(order.actor_name, namespace=NAMESPACE)
 
         def call_s(payload: bytes) -> float:
             began_s = time.perf_counter()
-            ray.get(peer.receive_probe.remote(payload), timeout=order.timeout_s)
+            try:
+                ray.get(peer.receive_probe.remote(payload), timeout=order.timeout_s)
+            except ray.exceptions.GetTimeoutError as error:
+                raise PeerTimeout(
+                    f"{order.target} did not answer a link probe of {len(payload)} bytes from {self._node} within "
+                    f"{order.timeout_s:g} s",
+                    "check that node and its link, or set a smaller fleet.probe_bytes",
+                ) from error
             return time.perf_counter() - began_s
 
         call_s(b"")
@@ -123,10 +141,22 @@ class NodeActor:
         """Answer a link probe."""
         return len(payload)
 
+    def require_store(self, probe: StoreProbe) -> None:
+        """Raise StoreError where this node does not share the store of the checkpoints, or may not write there."""
+        store = open_store(probe.store_url)
+        if store.size(probe.key) is None:
+            raise StoreError(
+                f"{self._node} on {socket.gethostname()} does not see what the driver writes to {probe.store_url}",
+                "set checkpoints.url to a folder that all nodes share, or to s3://bucket/prefix",
+            )
+        check_store(store)
+
     def assign(self, assignment: Assignment) -> None:
         """Become a stage: build its layers and its links to the neighbours."""
         if self._stage is not None:
             self._stage.close()
+            # Its memory is free before the new one needs it.
+            self._stage = None
 
         def carrier_to(stage: int) -> Carrier:
             name = assignment.peers[stage]
@@ -159,12 +189,15 @@ class NodeActor:
     @ray.method(concurrency_group="inbox")
     def receive(self, chunk: bytes) -> Receipt:
         """Take one chunk of a frame from a peer."""
-        if self._stage is None:
+        # Read once: `assign` may put it away meanwhile.
+        stage = self._stage
+        if stage is None:
             return Receipt(Verdict.BUSY, "this node has no stage yet")
-        return self._stage.receive(chunk)
+        return stage.receive(chunk)
 
     @property
     def _own_stage(self) -> Stage:
-        if self._stage is None:
+        stage = self._stage
+        if stage is None:
             raise StageError(f"{self._node} has no stage yet")
-        return self._stage
+        return stage

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,6 +25,11 @@ from actors.spec import ActionTime, Kind
 
 # (step, microbatch) -> its tokens; None on a stage that needs none.
 ReadMicrobatch = Callable[[int, int], Microbatch | None]
+
+# How many frames beyond the next needed one may wait in an evaluation, and as many on their way.
+EVAL_WINDOW = 4
+# What the device does, not the host.
+_COMPUTE = ("F", "B", "C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +61,61 @@ class Moment:
     step: int
 
 
-@dataclass
 class Timeline:
-    """What a stage did in a step and when, from the step's start."""
+    """What a stage did in a step and when, in seconds from the step's start.
 
-    clock: Callable[[], float]
-    start_s: float = 0.0
-    actions: list[ActionTime] = field(default_factory=list[ActionTime])
+    On CUDA compute is timed by events on the device, for the host only launches it; they are read at the step's end.
+    """
 
-    def __post_init__(self) -> None:
-        self.start_s = self.clock()
+    def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
+        """Start the clock; the device must be idle, so that its time starts with the host's."""
+        self.clock = clock
+        self._origin = _cuda_event() if device.type == "cuda" else None
+        self._start_s = clock()
+        # (name, microbatch, when it began, when it ended)
+        self._marks: list[tuple[str, int, _Seconds, _Seconds]] = []
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.clock() - self._start_s
 
     @contextmanager
     def record(self, name: str, microbatch: int = -1) -> Iterator[None]:
-        began_s = self.clock()
+        began = self._mark(name)
         yield
-        self.actions.append(
-            ActionTime(
-                name=name, microbatch=microbatch, start_s=began_s - self.start_s, end_s=self.clock() - self.start_s
-            )
+        self._marks.append((name, microbatch, began, self._mark(name)))
+
+    def actions(self) -> tuple[ActionTime, ...]:
+        """Return what was recorded; on CUDA waits until the device has done it."""
+        return tuple(
+            ActionTime(name=name, microbatch=microbatch, start_s=began(), end_s=ended())
+            for name, microbatch, began, ended in self._marks
         )
 
-    def total_s(self, *names: str) -> float:
-        return sum(action.end_s - action.start_s for action in self.actions if action.name in names)
+    def _mark(self, name: str) -> _Seconds:
+        """Note this moment; the result gives its seconds from the start."""
+        if self._origin is None or name not in _COMPUTE:
+            return partial(float, self.elapsed_s)
+        return partial(_device_s, self._origin, _cuda_event())
+
+
+_Seconds = Callable[[], float]
+
+
+def _cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _device_s(origin: torch.cuda.Event, event: torch.cuda.Event) -> float:
+    event.synchronize()
+    return origin.elapsed_time(event) / 1000
+
+
+def total_s(actions: Sequence[ActionTime], *names: str) -> float:
+    """Return the seconds of all actions of these names."""
+    return sum(action.end_s - action.start_s for action in actions if action.name in names)
 
 
 def run_step(
@@ -115,6 +153,8 @@ def run_evaluation(
         batch = read(0, microbatch)
         output = engine.evaluate(hidden_BTD, batch)
         if ports.to_next:
+            # No gradient comes back to hold this stage to the others' pace.
+            ports.to_next.link.wait_for_room(EVAL_WINDOW, ports.frame_s)
             ports.to_next.send(output, Kind.EVAL_ACTIVATION, moment, microbatch)
         elif batch is not None:
             loss_sum += float(output)

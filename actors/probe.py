@@ -35,11 +35,19 @@ def free_memory_bytes(device: torch.device) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, int(text) - used)
-    return int(available * _MEMORY_SHARE)
+    limited = cgroup_free_bytes(Path("/sys/fs/cgroup"))
+    return int((available if limited is None else min(available, limited)) * _MEMORY_SHARE)
+
+
+def cgroup_free_bytes(folder: Path) -> int | None:
+    """Return what a control group (version 2) may still take of its memory limit; None where it has none."""
+    limit = folder / "memory.max"
+    if not limit.exists() or (text := limit.read_text().strip()) == "max":
+        return None
+    used = int((folder / "memory.current").read_text())
+    # Of files read a while ago: the kernel gives it back before it refuses anyone.
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return max(0, int(text) - used + int(stat["inactive_file"]))
 
 
 def device_name(device: torch.device) -> str:
@@ -63,17 +71,21 @@ def require_probe_memory(spec: ModelSpec, batch: BatchSpec, memory_bytes: int, n
         )
 
 
-def time_parts(spec: ModelSpec, batch: BatchSpec, device: torch.device, clock: Callable[[], float]) -> PartTimes:
+def time_parts(
+    spec: ModelSpec, batch: BatchSpec, device: torch.device, clock: Callable[[], float], *, document_mask: bool
+) -> PartTimes:
     """Return the seconds of one microbatch in a block (forward, backward), the embedding and the head.
 
-    Each part runs by itself, a few times after one that warms up; the median counts.
+    `document_mask` says whether attention takes a mask, as it does where it keeps to documents. Each part runs by
+    itself, a few times after one that warms up; the median counts.
     """
-    middle = DecoderStage(dataclasses.replace(spec, num_layers=3), 1, 2).to(device)
-    ends = DecoderStage(dataclasses.replace(spec, num_layers=1), 0, 1).to(device)
+    middle = DecoderStage(dataclasses.replace(spec, num_layers=3), 1, 2, device=device)
+    ends = DecoderStage(dataclasses.replace(spec, num_layers=1), 0, 1, device=device)
     generator = torch.Generator().manual_seed(0)
     shape = (batch.microbatch_size, batch.seq_len)
     tokens_BT = torch.randint(spec.vocab_size, shape, generator=generator).to(device)
     hidden_BTD = torch.randn(*shape, spec.hidden_size, generator=generator).to(device).requires_grad_()
+    documents_BT = torch.zeros(shape, dtype=torch.int32, device=device) if document_mask else None
     initialise(middle, seed=0)
     initialise(ends, seed=0)
 
@@ -90,9 +102,9 @@ def time_parts(spec: ModelSpec, batch: BatchSpec, device: torch.device, clock: C
         forwards, backwards = zip(*times[1:], strict=True)
         return sorted(forwards)[_REPEATS // 2], sorted(backwards)[_REPEATS // 2]
 
-    layer_forward_s, layer_backward_s = timed(lambda: middle(hidden_BTD))
+    layer_forward_s, layer_backward_s = timed(lambda: middle(hidden_BTD, documents_BT))
     embedding_s = sum(timed(lambda: ends.embed_tokens(tokens_BT)))
-    head_s = sum(timed(lambda: token_losses(ends.lm_head(ends.norm(hidden_BTD)), tokens_BT)[0]))
+    head_s = sum(timed(lambda: token_losses(ends.lm_head(ends.norm(hidden_BTD)), tokens_BT)))
     return PartTimes(
         layer_forward_s=layer_forward_s, layer_backward_s=layer_backward_s, embedding_s=embedding_s, head_s=head_s
     )

@@ -44,8 +44,3 @@ def stage_actions(schedule: ScheduleName, stage: int, num_stages: int, num_micro
 def num_in_flight(schedule: ScheduleName, stage: int, num_stages: int, num_microbatches: int) -> int:
     """Return how many microbatches' activations `stage` holds at the peak."""
     return num_microbatches if schedule == "gpipe" else min(num_stages - stage, num_microbatches)
-
-
-def forward_actions(num_microbatches: int) -> tuple[Action, ...]:
-    """Return the actions of an evaluation: every stage runs all forwards."""
-    return tuple(Action(Op.FORWARD, m) for m in range(num_microbatches))

@@ -11,6 +11,8 @@ from actors.errors import ConfigError
 
 # A mailbox refuses a frame cut into smaller chunks: the headers, and the work on them, would outgrow the payload.
 MIN_CHUNK_BYTES = 1024
+# Ray inlines a call's arguments up to 4 MiB; a larger chunk would go through its object store, with more round trips.
+MAX_CHUNK_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,16 @@ class WireConfig:
                 "wire.min_chunk_bytes, wire.max_chunk_bytes and wire.max_window_bytes do not nest",
                 f"set {MIN_CHUNK_BYTES} <= wire.min_chunk_bytes <= wire.max_chunk_bytes <= wire.max_window_bytes",
             )
+        if self.max_chunk_bytes > MAX_CHUNK_BYTES:
+            raise ConfigError(
+                f"wire.max_chunk_bytes={self.max_chunk_bytes} does not fit in one call",
+                f"set wire.max_chunk_bytes to {MAX_CHUNK_BYTES} or less",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeoutConfig:
-    """Every deadline of a run, nested: an ack within a frame, a frame within a step, a step within a lease."""
+    """Every deadline of a run, nested: an ack within a frame, a frame within a step."""
 
     # A chunk's acknowledgement.
     ack_s: float = 30.0

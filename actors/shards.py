@@ -264,10 +264,12 @@ class AsyncSaver:
                 )
             self._collect()
 
-    def close(self) -> None:
-        """Drop the save that waits and take no more; the one that runs ends in the background."""
+    def close(self, timeout_s: float) -> None:
+        """Drop the save that waits and take no more; wait so long for the one that runs, then leave it to itself."""
         self._drop_waiting("the stage was closed before its turn came; wait for saves first")
         self._executor.shutdown(wait=False)
+        if self._running is not None:
+            wait([self._running[1]], timeout=timeout_s)
 
     def _collect(self) -> None:
         """Take the report of the save that ended, if one did, and begin the one that waits, if it may."""

@@ -85,6 +85,8 @@ class ProbeOrder:
 
     model: ModelSpec
     batch: BatchSpec
+    # Whether attention keeps to documents, which takes longer.
+    document_mask: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,8 @@ class Assignment:
     optim: OptimConfig
     timeouts: TimeoutConfig
     data: DataConfig
+    # Of the data's manifest, as the controller reads it: every node must read the same tokens.
+    data_sha256: str
     seed: int
     activation_checkpointing: bool
 
@@ -225,6 +229,14 @@ class SaveOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreProbe:
+    """See whether the store at this URL is the one in which the driver just wrote `key`, and may be written."""
+
+    store_url: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepOrder:
     """Commit the step before, save if asked, then run this step: one message, one round trip."""
 
@@ -252,7 +264,8 @@ class EvalOrder:
 class ActionTime:
     """One thing that a stage did, in seconds from the step's start on that node."""
 
-    # "F", "B": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit.
+    # "F", "B": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit. On CUDA compute is timed on
+    # the device, which runs behind the host, so a wait may overlap with it.
     name: str
     microbatch: int
     start_s: float

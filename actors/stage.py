@@ -8,7 +8,8 @@ Every order names its run, generation and step; the same order again gets the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,13 +17,13 @@ import torch
 from actors.codecs import codec_for
 from actors.data import Microbatch, TokenSource
 from actors.engine import StageEngine
-from actors.errors import GenerationStale, OutOfDeviceMemory, StageError
+from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
 from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
 from actors.model.decoder import DecoderStage
 from actors.model.huggingface import load_weights
 from actors.model.init import initialise
-from actors.pipeline import Moment, Outlet, Ports, Timeline, run_evaluation, run_step
+from actors.pipeline import EVAL_WINDOW, Moment, Outlet, Ports, Timeline, run_evaluation, run_step, total_s
 from actors.schedule import num_in_flight, stage_actions
 from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_of
 from actors.spec import (
@@ -38,9 +39,7 @@ from actors.spec import (
     TensorRole,
 )
 from actors.store import open_store
-
-# How many frames beyond the next needed one an evaluation may send ahead.
-_EVAL_WINDOW = 4
+from actors.token_shards import Split
 
 
 def pick_device() -> torch.device:
@@ -55,13 +54,13 @@ class Stage:
         """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage."""
         self._assignment = assignment
         own = assignment.own
-        device = pick_device()
         model = DecoderStage(
             assignment.model,
             own.layer_start,
             own.layer_stop,
             activation_checkpointing=assignment.activation_checkpointing,
-        ).to(device)
+            device=pick_device(),
+        )
         self._engine = StageEngine(model, assignment.optim)
         self._actions = stage_actions(
             assignment.plan.schedule, assignment.stage, assignment.num_stages, assignment.batch.num_microbatches
@@ -71,6 +70,8 @@ class Stage:
         self._mailbox = Mailbox(
             assignment.run, assignment.stage, assignment.batch.num_microbatches, self._expectations()
         )
+        # Whoever still works for a placement before this one gets no hearing.
+        self._mailbox.abort(assignment.generation - 1)
         self._ports = Ports(
             mailbox=self._mailbox,
             to_previous=None if assignment.is_first else self._outlet(assignment.stage - 1, carrier_to),
@@ -78,7 +79,11 @@ class Stage:
             frame_s=assignment.timeouts.frame_s,
         )
         self._saver = AsyncSaver()
-        self._last_report: StepReport | EvalReport | None = None
+        # What was last asked and answered, so that the same order gets the same report.
+        self._last_step: tuple[StepOrder, StepReport] | None = None
+        self._last_evaluation: tuple[EvalOrder, EvalReport] | None = None
+        # Saves that ended, each with the step whose report told of it first.
+        self._told_saves: list[tuple[int, SaveReport]] = []
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -86,8 +91,9 @@ class Stage:
         return self._engine.params
 
     def load(self, order: LoadOrder) -> None:
-        """Take the weights that the order names."""
+        """Take the weights that the order names, and frames of its step from now on."""
         self._require_current(order.run, order.generation)
+        self._mailbox.open(order.generation, order.step)
         model, assignment = self._engine.model, self._assignment
         if order.checkpoint is not None:
             files = {file.name: file for file in order.checkpoint.files}
@@ -99,14 +105,21 @@ class Stage:
         else:
             initialise(model, assignment.seed)
         self._engine.version = order.step
-        self._last_report = None
+        self._last_step = self._last_evaluation = None
 
     def step(self, order: StepOrder) -> StepReport:
         """Commit the step before, save if asked, run this step, report."""
         self._require_current(order.run, order.generation)
-        if isinstance(self._last_report, StepReport) and _same(order, self._last_report):
-            return self._last_report
-        timeline = Timeline(time.monotonic)
+        if self._last_step is not None and self._last_step[0] == order:
+            return self._last_step[1]
+        with self._naming_out_of_memory(f"step {order.step}"):
+            report = self._step(order)
+        self._last_step = order, report
+        return report
+
+    def _step(self, order: StepOrder) -> StepReport:
+        timeline = Timeline(time.monotonic, self._engine.device)
+        self._forget_heard_saves(order)
         if order.commit is not None:
             with timeline.record("C"):
                 self._engine.commit(order.commit)
@@ -115,17 +128,25 @@ class Stage:
             self._saver.start(order.save.checkpoint, order.save.store_url, units, self._assignment.stage)
         if order.run_step:
             self._run(order, timeline)
-        self._last_report = self._report(order, timeline)
-        return self._last_report
+        return self._report(order, timeline)
 
     def evaluate(self, order: EvalOrder) -> EvalReport:
         """Run the held-out microbatches forward and report their loss."""
         self._require_current(order.run, order.generation)
+        if self._last_evaluation is not None and self._last_evaluation[0] == order:
+            return self._last_evaluation[1]
+        with self._naming_out_of_memory(f"the evaluation at step {order.step}"):
+            report = self._evaluate(order)
+        self._last_evaluation = order, report
+        return report
+
+    def _evaluate(self, order: EvalOrder) -> EvalReport:
         moment = Moment(generation=order.generation, step=order.step)
         self._mailbox.open(order.generation, order.step)
         read = self._read_from(self._held_out)
+        timeline = Timeline(time.monotonic, self._engine.device)
         loss_sum, num_targets = run_evaluation(
-            self._engine, self._ports, order.num_microbatches, read, moment, Timeline(time.monotonic)
+            self._engine, self._ports, order.num_microbatches, read, moment, timeline
         )
         return EvalReport(
             run=order.run,
@@ -147,32 +168,51 @@ class Stage:
     def flush(self, timeout_s: float) -> tuple[SaveReport, ...]:
         """Wait for checkpoints that are being written, and report them."""
         self._saver.wait(timeout_s)
-        return self._saver.finished()
+        return self._saves_to_tell(self._engine.version)
 
     def close(self) -> None:
-        """Stop the threads of this stage."""
+        """Stop the threads of this stage; each has ack_s to end."""
         for outlet in (self._ports.to_previous, self._ports.to_next):
             if outlet is not None:
                 outlet.link.close()
-        self._saver.close()
+        self._saver.close(self._assignment.timeouts.ack_s)
 
     def _run(self, order: StepOrder, timeline: Timeline) -> None:
         moment = Moment(generation=order.generation, step=order.step)
         self._mailbox.open(order.generation, order.step)
         targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
         self._engine.begin(order.step, targets)
+        run_step(self._engine, self._ports, self._actions, self._read_from(self._train), moment, timeline)
+
+    @contextmanager
+    def _naming_out_of_memory(self, when: str) -> Iterator[None]:
         try:
-            run_step(self._engine, self._ports, self._actions, self._read_from(self._train), moment, timeline)
+            yield
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
-                f"stage {self._assignment.stage} on {self._assignment.own.node} ran out of device memory in "
-                f"step {order.step}",
+                f"stage {self._assignment.stage} on {self._assignment.own.node} ran out of device memory in {when}",
                 "set a smaller batch.microbatch_size, train.activation_checkpointing=true, or use more nodes",
             ) from error
+
+    def _saves_to_tell(self, step: int) -> tuple[SaveReport, ...]:
+        self._told_saves += [(step, save) for save in self._saver.finished()]
+        return tuple(save for _, save in self._told_saves)
+
+    def _forget_heard_saves(self, order: StepOrder) -> None:
+        """Drop reports of saves that the controller has: a step's commit says that it heard what the step reported.
+
+        Until then they are told again, for a report is lost with its step where another stage fails.
+        """
+        heard = -1 if order.commit is None else order.commit.step
+        again = None if order.save is None else order.save.checkpoint
+        self._told_saves = [
+            (step, save) for step, save in self._told_saves if step > heard and save.checkpoint != again
+        ]
 
     def _report(self, order: StepOrder, timeline: Timeline) -> StepReport:
         engine = self._engine
         outlets = (self._ports.to_previous, self._ports.to_next)
+        actions = timeline.actions()
         return StepReport(
             run=order.run,
             generation=order.generation,
@@ -183,12 +223,12 @@ class Stage:
             num_targets=engine.num_targets,
             grad_sq=engine.grad_sq(),
             nonfinite_microbatch=engine.nonfinite_microbatch(),
-            compute_s=timeline.total_s("F", "B", "C"),
-            wait_s=timeline.total_s("wF", "wB"),
-            step_s=timeline.clock() - timeline.start_s,
-            actions=tuple(timeline.actions),
+            compute_s=total_s(actions, "F", "B", "C"),
+            wait_s=total_s(actions, "wF", "wB"),
+            step_s=timeline.elapsed_s,
+            actions=actions,
             links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),
-            saves=self._saver.finished(),
+            saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
         )
 
@@ -198,18 +238,24 @@ class Stage:
         if generation < self._mailbox.generation:
             raise GenerationStale(f"an order of generation {generation} came after {self._mailbox.generation}")
 
-    def _source(self, split: str) -> TokenSource | None:
-        """Return the token source of a split; None on a stage that reads no tokens."""
+    def _source(self, split: Split) -> TokenSource | None:
+        """Return the token source of a split; None on a stage that reads no tokens, DataError where they are others."""
         assignment = self._assignment
         if not (assignment.is_first or assignment.is_last or assignment.data.document_mask):
             return None
-        return TokenSource(
+        source = TokenSource(
             assignment.data,
-            "train" if split == "train" else "val",
+            split,
             assignment.batch,
             seed=assignment.seed,
             vocab_size=assignment.model.vocab_size,
         )
+        if source.manifest.sha256 != assignment.data_sha256:
+            raise DataError(
+                f"{assignment.data.path} on {assignment.own.node} holds other data than the driver's",
+                "run isthmus data prepare once and copy its folder to every node, or set data.path=s3://bucket/prefix",
+            )
+        return source
 
     @staticmethod
     def _read_from(source: TokenSource | None) -> Callable[[int, int], Microbatch | None]:
@@ -236,7 +282,7 @@ class Stage:
             before = assignment.stage - 1
             codec = self._link_plan(before).forward_codec
             expect(Kind.ACTIVATION, before, codec, in_flight(before))
-            expect(Kind.EVAL_ACTIVATION, before, codec, _EVAL_WINDOW)
+            expect(Kind.EVAL_ACTIVATION, before, codec, EVAL_WINDOW)
         if not assignment.is_last:
             after = assignment.stage + 1
             expect(Kind.GRADIENT, after, self._link_plan(after).backward_codec, in_flight(assignment.stage))
@@ -258,7 +304,3 @@ class Stage:
         else:
             codec = codec_for(plan.backward_codec, TensorRole.GRADIENT, "wire.backward")
         return Outlet(link=Link(settings, carrier_to(neighbour), self._mailbox.fail), codec=codec)
-
-
-def _same(order: StepOrder, report: StepReport) -> bool:
-    return (order.generation, order.step, order.run_step) == (report.generation, report.step, report.ran_step)

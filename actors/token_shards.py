@@ -111,6 +111,11 @@ class DataManifest:
             )
         return manifest
 
+    @property
+    def sha256(self) -> str:
+        """Which data these are: equal manifests name equal tokens, for each shard is named with its own hash."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode() + b"\n"
 

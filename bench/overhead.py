@@ -2,10 +2,10 @@
 
     python -m bench.overhead [--quick] [--check]
 
-The same model, tokens and optimizer in three ways, each with all cores: (a) one process with a thread a core, no
-pipeline; (b) torch.distributed.pipelining, 1F1B over gloo, a process of one thread a core; (c) Isthmus, 1F1B, a stage
-of one thread a core. They take turns, a step each, so that noise hits all alike; ratios are of medians. Links are this
-machine's own.
+The same model, tokens and optimizer in three ways: (a) one process with a thread a core, no pipeline; (b)
+torch.distributed.pipelining, 1F1B over gloo, a process a stage; (c) Isthmus, 1F1B, an actor a stage. There is a stage
+a core, up to one a layer; of more cores each stage gets an equal share of threads. They take turns, a step each, so
+that noise hits all alike; ratios are of medians. Links are this machine's own.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ from orchestrator.stages import Stages  # noqa: E402
 
 BOUNDS = {"over_plain": 0.9, "over_torch_pipeline": 1.0}
 ANSWER_S = 300.0
+NUM_LAYERS = 8
 RunStep = Callable[[int], None]
 
 
-def bench_config(folder: Path, num_stages: int, *, quick: bool) -> RunConfig:
+def bench_config(folder: Path, num_cores: int, *, quick: bool) -> RunConfig:
     """Return the run that all three do: 8 blocks of width 512, sequences of 256, float32 all the way."""
+    num_stages = min(NUM_LAYERS, num_cores)
     data = str(folder / "data")
     tokens = np.random.default_rng(1).integers(1, 4096, size=600_000)
     shards = []
@@ -82,7 +84,7 @@ def bench_config(folder: Path, num_stages: int, *, quick: bool) -> RunConfig:
             "data.document_mask=false",
             "model.vocab_size=4096",
             "model.hidden_size=512",
-            "model.num_layers=8",
+            f"model.num_layers={NUM_LAYERS}",
             "model.num_heads=8",
             "model.num_kv_heads=8",
             "model.ffn_size=1408",
@@ -93,9 +95,9 @@ def bench_config(folder: Path, num_stages: int, *, quick: bool) -> RunConfig:
             "wire.forward=none",
             "wire.backward=none",
             "plan.schedule=1f1b",
-            f"plan.split={[stop - start for start, stop in even_split(8, num_stages)]}",
+            f"plan.split={[stop - start for start, stop in even_split(NUM_LAYERS, num_stages)]}",
             f"fleet.nodes={num_stages}",
-            "fleet.threads=1",
+            f"fleet.threads={num_cores // num_stages}",
         ]
     )
 
@@ -141,9 +143,10 @@ def plain_loop(config: RunConfig, pipe) -> None:
 
 def torch_pipeline(rank: int, config: RunConfig, port: int, pipes: list) -> None:
     """(b): one rank of torch's pipeline."""
-    torch.set_num_threads(1)
-    split = config.plan.split
+    split, num_threads = config.plan.split, config.fleet.threads
     assert split is not None
+    assert num_threads is not None
+    torch.set_num_threads(num_threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(split))
     model = DecoderStage(config.model, sum(split[:rank]), sum(split[: rank + 1]))
     initialise(model, config.seed)
@@ -159,13 +162,13 @@ def torch_pipeline(rank: int, config: RunConfig, port: int, pipes: list) -> None
 
     def run_step(step: int) -> None:
         batches = [source.microbatch(step, m) for m in range(config.batch.num_microbatches)]
-        if model.is_first:
-            schedule.step(torch.cat([b.tokens_BT for b in batches]))
-        elif model.is_last:
+        # A model in one stage is both first and last.
+        inputs = [torch.cat([b.tokens_BT for b in batches])] if model.is_first else []
+        if model.is_last:
             losses: list[Tensor] = []
-            schedule.step(target=torch.cat([b.targets_BT for b in batches]), losses=losses)
+            schedule.step(*inputs, target=torch.cat([b.targets_BT for b in batches]), losses=losses)
         else:
-            schedule.step()
+            schedule.step(*inputs)
         norm_sq = torch.tensor(_grad_sq(params), dtype=torch.float64)
         dist.all_reduce(norm_sq)
         _clip(params, float(norm_sq) ** 0.5, config.optim.clip_norm)
@@ -209,7 +212,7 @@ def isthmus(config: RunConfig) -> Iterator[RunStep]:
     """(c): the product's own stages on Ray, driven as the controller does, one commit a step."""
     with open_fleet(config.fleet, None, config.name, config.timeouts) as crew:
         _, plan = plan_fleet(config, crew)
-        stages = Stages(crew, plan, config)
+        stages = Stages(crew, plan, config, DataManifest.load(config.data.path).sha256)
         stages.assign(1)
         stages.load(LoadOrder(run=config.name, generation=1, step=0))
         state = RunState(step=0, generation=1)
@@ -233,12 +236,12 @@ def free_port() -> int:
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    num_stages = os.cpu_count() or 2
     num_rounds = 5 if arguments.quick else 12
     times: dict[str, list[float]] = {"plain": [], "torch_pipeline": [], "isthmus": []}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        config = bench_config(folder, num_stages, quick=arguments.quick)
+        config = bench_config(folder, os.cpu_count() or 1, quick=arguments.quick)
+        num_stages = len(config.plan.split or ())
         port = free_port()
         contenders: dict[str, RunStep] = {
             "plain": stack.enter_context(processes(plain_loop, lambda i, pipes: (config, pipes[i]), 1)),

@@ -11,10 +11,11 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from actors.errors import CheckpointCorrupt, CheckpointError, ConfigError
+from actors.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, ConfigError
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec
 from actors.shards import file_name, unit_names
@@ -66,6 +67,7 @@ class Manifest:
     """What makes a checkpoint whole: its files by hash, and all that an exact resume needs beside the weights.
 
     CheckpointCorrupt where the values do not make sense together: files other than the model's own, a bad hash.
+    CheckpointForeign where the version is not ours.
     """
 
     version: int = MANIFEST_VERSION
@@ -78,6 +80,7 @@ class Manifest:
     batch: BatchSpec
     # Of the data's own manifest: names the tokens and their order.
     data_sha256: str
+    document_mask: bool
     seed: int
     tokens_trained: int
     # What later decisions to skip a step depend on.
@@ -90,7 +93,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.version != MANIFEST_VERSION:
-            raise _corrupt(f"is of version {self.version}, not {MANIFEST_VERSION}", "use the Isthmus that wrote it")
+            raise _foreign(f"is of version {self.version}, not {MANIFEST_VERSION}")
         if not 0 <= self.step <= _MAX_STEP:
             raise _corrupt(f"is of step {self.step}, which is not from 0 to {_MAX_STEP}")
         counts = (self.generation, self.tokens_trained, self.history.num_skipped, self.dollars)
@@ -119,12 +122,22 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, allow_nan=False).encode()
 
 
-def _corrupt(why: str, remedy: str = _USE_ANOTHER) -> CheckpointCorrupt:
-    return CheckpointCorrupt(f"a checkpoint's manifest {why}", remedy)
+def _corrupt(why: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(f"a checkpoint's manifest {why}", _USE_ANOTHER)
+
+
+def _foreign(why: str) -> CheckpointForeign:
+    return CheckpointForeign(
+        f"a checkpoint's manifest {why}", "go on with the Isthmus that wrote it, or start afresh under another run name"
+    )
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Return the manifest in `data`; CheckpointCorrupt where it is too long, torn, or not of exactly our types."""
+    """Return the manifest in `data`.
+
+    CheckpointCorrupt where it is too long, torn, or not of exactly our types; CheckpointForeign where it is of another
+    version, or has other keys.
+    """
     if len(data) > MAX_MANIFEST_BYTES:
         raise _corrupt(f"has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
     try:
@@ -133,7 +146,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise _corrupt(f"is not JSON: {error}") from error
     # Before the keys, which another version may name otherwise.
     if isinstance(document, dict) and document.get("version") != MANIFEST_VERSION:
-        raise _corrupt(f"is not of version {MANIFEST_VERSION}", "use the Isthmus that wrote it")
+        raise _foreign(f"is not of version {MANIFEST_VERSION}")
     return _read(Manifest, document, "manifest")
 
 
@@ -164,16 +177,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     names = {field.name for field in fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
-        odd = names.symmetric_difference(value) if isinstance(value, dict) else names
-        raise _corrupt(f"lacks or adds keys in {where}: {', '.join(sorted(odd))[:200]}")
+    if not isinstance(value, dict):
+        raise _corrupt(f"holds a {type(value).__name__} as {where}")
+    if odd := names.symmetric_difference(value):
+        raise _foreign(f"lacks or adds keys in {where}: {', '.join(sorted(odd))[:200]!r}")
     try:
         return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
     except ConfigError as error:
         raise _corrupt(f"holds a {where} that cannot be: {error.message}") from error
 
 
-def require_compatible(manifest: Manifest, *, model: ModelSpec, batch: BatchSpec, data_sha256: str, seed: int) -> None:
+def require_compatible(
+    manifest: Manifest, *, model: ModelSpec, batch: BatchSpec, data_sha256: str, document_mask: bool, seed: int
+) -> None:
     """Raise CheckpointError, naming each difference, where resuming would not continue the same training.
 
     Free to change: stages, schedule, codecs, optimizer settings, checkpoint settings, the number of steps.
@@ -183,6 +199,7 @@ def require_compatible(manifest: Manifest, *, model: ModelSpec, batch: BatchSpec
         **_pairs("batch", manifest.batch, batch),
         "seed": (manifest.seed, seed),
         "data (SHA-256)": (manifest.data_sha256, data_sha256),
+        "data.document_mask": (manifest.document_mask, document_mask),
     }
     changed = [f"{key}: checkpoint {theirs}, now {yours}" for key, (theirs, yours) in pairs.items() if theirs != yours]
     if changed:
@@ -249,7 +266,10 @@ class CheckpointLedger:
         return tuple(sorted((int(match[1]) for match in found if match), reverse=True))
 
     def read(self, step: int) -> Manifest:
-        """Return a step's manifest; CheckpointCorrupt where it is missing, torn or another step's."""
+        """Return a step's manifest.
+
+        CheckpointCorrupt where it is missing, torn or another step's; CheckpointForeign where another release wrote it.
+        """
         key = f"{checkpoint_name(step)}/{MANIFEST_NAME}"
         size_bytes = self.store.size(key)
         if size_bytes is not None and size_bytes > MAX_MANIFEST_BYTES:
@@ -260,8 +280,8 @@ class CheckpointLedger:
             manifest = parse_manifest(self.store.get(key))
         except BlobMissing as error:
             raise CheckpointCorrupt(f"{key} in {self.store.url} is missing", _USE_ANOTHER) from error
-        except CheckpointCorrupt as error:
-            raise CheckpointCorrupt(f"{key} in {self.store.url}: {error.message}", error.remedy) from error
+        except (CheckpointCorrupt, CheckpointForeign) as error:
+            raise type(error)(f"{key} in {self.store.url}: {error.message}", error.remedy) from error
         if manifest.step != step:
             raise CheckpointCorrupt(f"{key} in {self.store.url} is the manifest of step {manifest.step}", _USE_ANOTHER)
         return manifest
@@ -270,24 +290,26 @@ class CheckpointLedger:
         """Return the newest manifest whose files are all there in full; None where there is none.
 
         `on_bad` hears of each newer one that is not. With `below`, only older steps count: for when a stage found a
-        file of that step altered, which sizes cannot show.
+        file of that step altered, which sizes cannot show. CheckpointForeign passes through: who wrote that checkpoint
+        can go on from it, so that falling back would throw its steps away.
         """
         for step in self.steps_newest_first():
             if below is not None and step >= below:
                 continue
             try:
-                manifest = self.read(step)
-                self._require_files(manifest)
-            except CheckpointError as error:
+                return self._read_whole(step)
+            except CheckpointCorrupt as error:
                 on_bad(checkpoint_name(step), error)
-            else:
-                return manifest
         return None
 
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint whole; CheckpointCorrupt where its files are not in the store that this process sees."""
         self._require_files(manifest)
         self.store.put(f"{manifest.checkpoint}/{MANIFEST_NAME}", manifest.to_json())
+
+    def set_aside(self, step: int) -> None:
+        """Make a checkpoint that a load proved corrupt count as whole no more; its files stay until retention."""
+        self.store.delete(f"{checkpoint_name(step)}/{MANIFEST_NAME}")
 
     def delete(self, step: int) -> None:
         """Delete a checkpoint: its manifest first, so that what is left half-way does not count as whole."""
@@ -297,16 +319,17 @@ class CheckpointLedger:
         """Delete all but the `keep` newest whole checkpoints; return the names of those deleted.
 
         What lies before the newest whole one and is not whole is a save that failed, and goes too; what lies after it
-        stays, since it may be a save under way. The newest whole one always stays.
+        stays, since it may be a save under way. The newest whole one always stays. One of another release counts as
+        whole.
         """
         kept: list[str] = []
-        below = None
-        while len(kept) < max(1, keep):
-            whole = self.newest_whole(lambda _checkpoint, _error: None, below)
-            if whole is None:
+        for step in self.steps_newest_first():
+            if len(kept) == max(1, keep):
                 break
-            kept.append(whole.checkpoint)
-            below = whole.step
+            with suppress(CheckpointCorrupt):
+                with suppress(CheckpointForeign):
+                    self._read_whole(step)
+                kept.append(checkpoint_name(step))
         keys = self.store.list("step-")
         folders = {key.partition("/")[0] for key in keys}
         older = {name for name in folders if kept and name < kept[0] and _CHECKPOINT.fullmatch(name)}
@@ -319,6 +342,11 @@ class CheckpointLedger:
         manifest = f"{name}/{MANIFEST_NAME}"
         for key in sorted(keys, key=lambda key: key != manifest):
             self.store.delete(key)
+
+    def _read_whole(self, step: int) -> Manifest:
+        manifest = self.read(step)
+        self._require_files(manifest)
+        return manifest
 
     def _require_files(self, manifest: Manifest) -> None:
         sizes = self.store.sizes(f"{manifest.checkpoint}/")

@@ -6,6 +6,7 @@ Each verb imports what it needs when it runs: `--help` is instant, and Ray is lo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--data", metavar="PATH", help="also check this prepared data, shard by shard")
 
     status = add("status", _status, "what is running: stages, links, loss, tokens/s, bytes, money", "status demo")
-    status.add_argument("name", nargs="?", help="a run; without it, all of them")
+    status.add_argument("name", nargs="?", help="a run, by name or folder; without it, all of them")
     status.add_argument("--runs-dir", default="runs", type=Path)
 
     export = add("export", _export, "write a trained run as a Hugging Face folder", "export runs/demo out/demo")
@@ -222,18 +223,24 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.config import load_config
+    from orchestrator.events import encode
     from orchestrator.fleet import open_fleet
     from orchestrator.planview import render_plan
     from orchestrator.recipe import plan_fleet, resolve, save_plan
-    from orchestrator.runfolder import RunFolder
+    from orchestrator.runfolder import RunFolder, write_atomic
 
     config = resolve(load_config(arguments.words))
     with open_fleet(config.fleet, arguments.address, f"{config.name}-plan", config.timeouts) as crew:
         fleet, plan = plan_fleet(config, crew)
+    console.print(render_plan(plan, fleet))
     folder = RunFolder.open(Path(config.runs_dir), config.name)
+    if folder.events.exists():
+        # The run has a plan of its own, which its driver and its report go by.
+        write_atomic(folder.plan_preview, json.dumps(encode(plan), indent=1))
+        console.print(f"saved in {folder.plan_preview}; the run's own plan stays {folder.plan}")
+        return 0
     with folder.lock():
         save_plan(folder, plan, fleet)
-    console.print(render_plan(plan, fleet))
     console.print(f"saved in {folder.plan}")
     return 0
 
@@ -285,7 +292,9 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.name is None:
         console.print(render_list(list_status(arguments.runs_dir), time.time()))
     else:
-        console.print(render(read_status(arguments.runs_dir / arguments.name), time.time()))
+        named: Path = arguments.runs_dir / arguments.name
+        is_folder = os.sep in arguments.name and not named.is_dir()
+        console.print(render(read_status(Path(arguments.name) if is_folder else named), time.time()))
     return 0
 
 
@@ -334,7 +343,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _announce_stop(console: Console) -> None:
-    console.print("stopping: this step is finished and saved first; again to stop at once")
+    console.print("stopping: what is committed is saved first; again to stop at once")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from orchestrator.planner.plan import PlanConfig
 from orchestrator.runfolder import check_run_name
 from orchestrator.tracking import TrackingConfig
 
+# What rides inside a call and not in Ray's object store is limited: see RAY_SETTINGS in orchestrator/environment.py.
+_MAX_PROBE_BYTES = 4_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -68,6 +71,11 @@ class FleetConfig:
             raise ConfigError("fleet.nodes and fleet.threads must be 1 or more", "set them so, or leave them out")
         if self.price_per_hour < 0 or self.probe_bytes < 0:
             raise ConfigError("fleet.price_per_hour and fleet.probe_bytes must be 0 or more", "set them so")
+        if self.probe_bytes > _MAX_PROBE_BYTES:
+            raise ConfigError(
+                f"fleet.probe_bytes is {self.probe_bytes}, more than fits into one call of Ray's",
+                f"set fleet.probe_bytes to {_MAX_PROBE_BYTES} or less",
+            )
         if self.baseline_workers < 1:
             raise ConfigError(
                 f"fleet.baseline_workers is {self.baseline_workers}", "set fleet.baseline_workers to 1 or more"
@@ -156,7 +164,7 @@ def parse_config(text: str) -> RunConfig:
 
 
 _OTHER_RELEASE = "use the release of Isthmus that wrote it"
-_SEE_KEYS = "correct it; conf/demo.yaml shows the usual keys, docs/design.md all of them"
+_SEE_KEYS = "correct it; conf/demo.yaml shows the usual keys, RunConfig in orchestrator/config.py has all of them"
 
 
 def _read_dotlist(word: str) -> object:

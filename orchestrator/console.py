@@ -93,6 +93,9 @@ class ConsoleSink:
         self._print(evaluation_line(record), style="cyan")
 
     def event(self, record: EventRecord) -> None:
+        # What ends the run is the verb's to say, with its remedy.
+        if record.name == "failed":
+            return
         self._print(event_line(record), style="yellow" if record.name in _BAD_NEWS else "")
 
     def finish(self, exit_code: int) -> None:

@@ -12,9 +12,8 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,16 +29,14 @@ from actors.errors import (
     StoreError,
 )
 from actors.spec import (
-    CheckpointRef,
     Commit,
     EvalOrder,
-    LoadOrder,
     SaveOrder,
     StepOrder,
     StepReport,
 )
 from actors.store import check_store, open_store
-from orchestrator.checkpoints import CheckpointLedger, Manifest, require_compatible
+from orchestrator.checkpoints import CheckpointLedger, Manifest
 from orchestrator.config import RunConfig
 from orchestrator.events import encode
 from orchestrator.fleet import Crew, open_fleet
@@ -56,6 +53,7 @@ from orchestrator.lifecycle import (
     on_step_failed,
     summarise,
 )
+from orchestrator.past import Past, require_shared_store
 from orchestrator.progress import Progress
 from orchestrator.recipe import checkpoint_url, plan_fleet, require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord
@@ -83,60 +81,31 @@ def train(config: RunConfig, *, address: str | None, console: Console, interrupt
     with folder.lock():
         ledger = CheckpointLedger(open_store(checkpoint_url(config)))
         check_store(ledger.store)
-        past = _Past(config, ledger, sha256(data.to_json()).hexdigest())
+        past = Past(config, ledger, data.sha256)
         past.find_newest()
         # Only now: a configuration that does not fit the checkpoints leaves the run as it was.
         write_atomic(folder.config, config.yaml)
         with open_fleet(config.fleet, address, config.name, config.timeouts) as crew:
             run = _Run(config, folder, crew, past, console)
+            exit_code = 1
             try:
                 run.start()
                 result = run.steps(interrupted)
+                exit_code = 0
             except IsthmusError as error:
+                exit_code = error.exit_code
                 run.fail(error)
-            run.tracker.finish(0)
+            finally:
+                # A full disk must not hide the error that ends the run.
+                with suppress(DiskFull):
+                    run.tracker.finish(exit_code)
             return result
-
-
-@dataclass
-class _Past:
-    """The checkpoints that a run may go on from, and which of them is the newest to use."""
-
-    config: RunConfig
-    ledger: CheckpointLedger
-    data_sha256: str
-    newest: Manifest | None = None
-    # What was found bad, until someone has told it.
-    bad: list[str] = field(default_factory=list[str])
-
-    def find_newest(self, below: int | None = None) -> None:
-        """Look for the newest whole checkpoint; CheckpointError where it cannot be continued as configured."""
-        self.newest = self.ledger.newest_whole(
-            lambda checkpoint, error: self.bad.append(f"{checkpoint}: {error}"), below
-        )
-        if self.newest is not None:
-            config = self.config
-            require_compatible(
-                self.newest,
-                model=config.model,
-                batch=config.batch,
-                data_sha256=self.data_sha256,
-                seed=config.seed,
-            )
-
-    def load_order(self, generation: int) -> LoadOrder:
-        """Return the order to load the newest checkpoint, or to start from the beginning."""
-        newest = self.newest
-        if newest is None:
-            return LoadOrder(run=self.config.name, generation=generation, step=0)
-        ref = CheckpointRef(store_url=self.ledger.store.url, checkpoint=newest.checkpoint, files=newest.files)
-        return LoadOrder(run=self.config.name, generation=generation, step=newest.step, checkpoint=ref)
 
 
 class _Run:
     """One attempt at a run: from placing its stages to its last commit."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, crew: Crew, past: _Past, console: Console) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, crew: Crew, past: Past, console: Console) -> None:
         self._config = config
         self._folder = folder
         self._crew = crew
@@ -149,13 +118,16 @@ class _Run:
         self._state = RunState(step=0, generation=0)
         self._progress = Progress(num_steps=config.train.steps)
         self._commit: Commit | None = None
+        # False until the stages hold weights, and while they are to be placed anew.
+        self._is_placed = False
         self._last_val_loss: float | None = None
 
     def start(self) -> None:
         """Plan, place the stages, and give them their weights."""
+        require_shared_store(self._past.ledger.store, self._crew, self._config.timeouts.place_s)
         fleet, plan = plan_fleet(self._config, self._crew)
         save_plan(self._folder, plan, fleet)
-        self._stages = Stages(self._crew, plan, self._config)
+        self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
         self.tracker.start(encode(self._config), plan)
         self._place()
 
@@ -163,6 +135,8 @@ class _Run:
         """Run steps until the last one is done or someone wants to stop; leave a whole checkpoint behind."""
         while True:
             try:
+                if not self._is_placed:
+                    self._rebuild()
                 if self._is_done or interrupted():
                     self._close()
                     break
@@ -182,12 +156,13 @@ class _Run:
         )
 
     def fail(self, error: IsthmusError) -> NoReturn:
-        """Record why the run ends, and pass the error on."""
-        # A full disk, which may be the very error, must not hide it.
+        """Keep what was committed, record why the run ends, and pass the error on."""
+        # Another failure on the way out must not hide the first.
+        if not isinstance(error, StoreError):
+            with suppress(IsthmusError):
+                self._save_what_was_committed()
         with suppress(DiskFull):
             self._tell(self._state.step, "failed", str(error))
-        with suppress(DiskFull):
-            self.tracker.finish(error.exit_code)
         raise error
 
     @property
@@ -233,7 +208,7 @@ class _Run:
         config, step = self._config, self._state.step
         self._state, decision = on_step_done(self._state, outcome, config.guard, config.optim, config.train.steps)
         if isinstance(decision, Stop):
-            self._stop_at_last_commit(decision)
+            raise decision.error
         self._commit = decision.commit
         if decision.skip_reason:
             self._tell(step, "skipped", decision.skip_reason)
@@ -249,7 +224,7 @@ class _Run:
         self._stages.abort(ended)
         if isinstance(decision, Rebuild):
             self._tell(self._state.step, "node_lost", decision.reason)
-            self._rebuild()
+            self._is_placed = False
         else:
             self._tell(self._state.step, "retried", decision.reason)
 
@@ -259,7 +234,7 @@ class _Run:
         self._crew.revive()
         fleet, plan = plan_fleet(self._config, self._crew)
         save_plan(self._folder, plan, fleet)
-        self._stages = Stages(self._crew, plan, self._config)
+        self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
         self._past.find_newest()
         self._place()
 
@@ -276,10 +251,12 @@ class _Run:
             except CheckpointCorrupt as error:
                 # A hash showed what sizes could not.
                 self._past.bad.append(str(error))
+                self._past.ledger.set_aside(order.step)
                 self._past.find_newest(below=order.step)
         manifest = self._past.newest
         history = manifest.history if manifest else History()
         self._state = replace(self._state, step=order.step, generation=generation, history=history)
+        self._is_placed = True
         self._commit = None
         self._saving.newest_step = order.step if manifest else -1
         self._progress = self._progress.rewound(
@@ -338,12 +315,15 @@ class _Run:
             )
         )
 
-    def _stop_at_last_commit(self, decision: Stop) -> NoReturn:
-        """Keep the weights as they are, then end the run with the decision's error."""
-        if self._saving.newest_step != self._state.step:
-            self._settle(self._save_order())
-            self._saving.collect(self._stages.flush())
-        raise decision.error
+    def _save_what_was_committed(self) -> None:
+        """Write a checkpoint of the weights as they are, if stages hold some that are newer than the newest one."""
+        if not self._is_placed or self._saving.newest_step >= self._state.step:
+            return
+        # Stages that still wait for frames of the failed step give it up.
+        self._stages.abort(self._state.generation)
+        self._state = replace(self._state, generation=self._state.generation + 1)
+        self._settle(self._save_order())
+        self._saving.collect(self._stages.flush())
 
     def _save_order(self) -> SaveOrder | None:
         """Order a checkpoint of the weights as they are after the commit that goes out with it."""
@@ -355,6 +335,7 @@ class _Run:
             model=self._config.model,
             batch=self._config.batch,
             data_sha256=self._past.data_sha256,
+            document_mask=self._config.data.document_mask,
             seed=self._config.seed,
             tokens_trained=self._progress.total_tokens,
             history=self._state.history,

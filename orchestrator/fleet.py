@@ -13,9 +13,9 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,42 +23,30 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, StageError
+from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, RunBusy, StageError
 from actors.node import CONCURRENCY_GROUPS, NAMESPACE, NodeActor
 from actors.settings import TimeoutConfig
 from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder
 from orchestrator.config import FleetConfig
 from orchestrator.environment import REQUIRED_SETTINGS, unmet_settings
+from orchestrator.slots import Slot, node_name, slots_on
 
-_EMBEDDED_NODES = 4
 _FOLDER_PREFIX = "isthmus-"
-# Every pair of up to this many nodes is probed; of more, each node and the next.
-_MAX_ALL_PAIRS = 6
+# Every pair of up to this many nodes is probed, one after another; of more, each node and the next.
+_MAX_ALL_PAIRS = 10
 _CONNECT_S, _MAX_PORT = 10.0, 65535
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A place for one node actor."""
-
-    node: str
-    ray_node_id: str
-    region: str
-    price_per_hour: float
-    num_gpus: int
-    num_threads: int
-    # How many places take their memory from the same machine, this one included; of a GPU's, it has its own.
-    num_sharing: int
-
-
 class Crew:
-    """The node actors of a run, by node name."""
+    """The node actors of a run, by node name: on `num_wanted` of the slots that there are, or on all of them."""
 
-    def __init__(self, run: str, find_slots: Callable[[], list[Slot]], timeouts: TimeoutConfig) -> None:
+    def __init__(
+        self, run: str, find_slots: Callable[[], list[Slot]], num_wanted: int | None, timeouts: TimeoutConfig
+    ) -> None:
         self._run = run
         self._timeouts = timeouts
         self._find_slots = find_slots
-        self._slots = {slot.node: slot for slot in find_slots()}
+        self._slots = {slot.node: slot for slot in find_slots()[:num_wanted]}
         self._num_wanted = len(self._slots)
         # Ray nodes that did not come up again.
         self._gone: set[str] = set()
@@ -76,21 +64,8 @@ class Crew:
 
     def start(self) -> None:
         """Start an actor on every slot; FleetError names one that does not come up, or whose Ray lacks a setting."""
-        nodes = self._launch()
-        try:
-            settings = self.call(nodes, "settings", [REQUIRED_SETTINGS for _ in nodes], self._timeouts.place_s)
-        except PeerTimeout as error:
-            raise FleetError(
-                f"no free place for a node actor: {error.message}",
-                "free a GPU or set fleet.nodes lower; `ray status` shows who holds what",
-            ) from error
-        for node, found in zip(nodes, settings, strict=True):
-            values: dict[str, str] = dict(zip(REQUIRED_SETTINGS, found, strict=True))
-            for key, needed in unmet_settings(values).items():
-                raise FleetError(
-                    f"Ray on {node} runs with {key}={values[key] or 'unset'}",
-                    f"start Ray on every node with {key}={needed} (isthmus doctor prints all settings)",
-                )
+        for error in self._launch().values():
+            raise error
 
     def probe(self, order: ProbeOrder, probe_bytes: int) -> Fleet:
         """Measure every node that has not been, all at once, then the links; return what there is to plan with."""
@@ -103,18 +78,22 @@ class Crew:
     def revive(self) -> None:
         """Replace what is dead: an actor where its Ray node lives, else by a Ray node that has come since.
 
-        FleetError where no node is left.
+        FleetError where no node is left, with why the last ones could not be used.
         """
         self._forget_lost()
         self._take_in_new()
-        while silent := [node for node in self._launch() if not self._answers(node)]:
+        unfit: list[str] = []
+        while failures := self._launch():
             # Ray takes a node for alive for a while after it is gone: what does not come up is not there.
-            for node in silent:
+            unfit = [error.message for error in failures.values()]
+            for node in failures:
                 self._gone.add(self._slots[node].ray_node_id)
                 self._forget(node)
             self._take_in_new()
         if not self._slots:
-            raise FleetError("no node of the cluster is left", "bring nodes back, then start the same run again")
+            raise FleetError(
+                "; ".join(["no node of the cluster is left", *unfit]), "bring nodes back, then start the same run again"
+            )
 
     def call(self, nodes: Sequence[str], method: str, orders: Sequence[object], timeout_s: float) -> tuple[Any, ...]:
         """Call a method of several nodes at once and return their answers in order.
@@ -151,23 +130,38 @@ class Crew:
             ray.kill(actor, no_restart=True)
         self._actors.clear()
 
-    def _launch(self) -> list[str]:
-        """Create an actor on every slot that has none; return their nodes without waiting for them."""
+    def _launch(self) -> dict[str, FleetError]:
+        """Put an actor on every slot that has none; return why, by node, where one cannot be used.
+
+        RunBusy where another driver has actors of this run.
+        """
         missing = [slot for slot in self._slots.values() if slot.node not in self._actors]
         for slot in missing:
-            self._actors[slot.node] = (
-                # Ray's types do not know this option.
-                ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(NodeActor)  # pyright: ignore[reportCallIssue]
-                .options(
-                    name=self.actor_name(slot.node),
-                    namespace=NAMESPACE,
-                    num_cpus=0,
-                    num_gpus=slot.num_gpus,
-                    label_selector={"ray.io/node-id": slot.ray_node_id},
-                )
-                .remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour, slot.num_sharing)
+            self._actors[slot.node] = self._create(slot)
+        refs = {slot.node: self._actors[slot.node].settings.remote(REQUIRED_SETTINGS) for slot in missing}
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=self._timeouts.place_s)
+        failures = {node: _unfitness(node, ref, self._timeouts.place_s) for node, ref in refs.items()}
+        return {node: error for node, error in failures.items() if error is not None}
+
+    def _create(self, slot: Slot) -> Any:
+        actor_class = (
+            # Ray's types do not know this option.
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(NodeActor).options(  # pyright: ignore[reportCallIssue]
+                name=self.actor_name(slot.node),
+                namespace=NAMESPACE,
+                num_cpus=0,
+                num_gpus=slot.num_gpus,
+                label_selector={"ray.io/node-id": slot.ray_node_id},
             )
-        return [slot.node for slot in missing]
+        )
+        try:
+            return actor_class.remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour, slot.num_sharing)
+        except ray.exceptions.ActorAlreadyExistsError as error:
+            raise RunBusy(
+                f"another process drives run {self._run}: the cluster has its actor {self.actor_name(slot.node)}",
+                "stop that one, or pick another name=; after a crash, try again in a minute",
+            ) from error
 
     def _forget_lost(self) -> None:
         """Drop the slots whose Ray node is gone, and the actors that do not answer."""
@@ -190,7 +184,7 @@ class Crew:
         used = {slot.ray_node_id for slot in self._slots.values()} | self._gone
         for slot in self._find_slots():
             if slot.ray_node_id not in used and len(self._slots) < self._num_wanted:
-                name = next(name for name in map(_node_name, count()) if name not in self._slots)
+                name = next(name for name in map(node_name, count()) if name not in self._slots)
                 self._slots[name] = replace(slot, node=name)
 
     def _answers(self, node: str) -> bool:
@@ -221,6 +215,29 @@ class Crew:
         return tuple(cards)
 
 
+def _unfitness(node: str, ref: Any, place_s: float) -> FleetError | None:
+    """Return why a new actor cannot be used, from its answer to what Ray's settings are there; None where it can."""
+    if not ray.wait([ref], timeout=0)[0]:
+        return FleetError(
+            f"no free place for a node actor: {node} did not come up within {place_s:.0f} s",
+            "free a GPU or set fleet.nodes lower; `ray status` shows who holds what",
+        )
+    try:
+        found = answer_of(ref, node)
+    except IsthmusError as error:
+        return FleetError(
+            error.message,
+            "install the same Isthmus there; isthmus doctor checks each node",
+        )
+    values: dict[str, str] = dict(zip(REQUIRED_SETTINGS, found, strict=True))
+    for key, needed in unmet_settings(values).items():
+        return FleetError(
+            f"Ray on {node} runs with {key}={values[key] or 'unset'}",
+            f"start Ray on every node with {key}={needed} (isthmus doctor prints all settings)",
+        )
+    return None
+
+
 def answer_of(ref: Any, node: str) -> Any:
     """Return the answer of a call that `node` has ended, or raise Ray's error as ours."""
     try:
@@ -232,7 +249,15 @@ def answer_of(ref: Any, node: str) -> Any:
     except ray.exceptions.ActorUnavailableError as error:
         raise PeerTimeout(f"{node} cannot be reached", "check that node and its link") from error
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+            raise PeerLost(
+                f"{node} could not start: {creation_cause(error)}", "install the same Isthmus there"
+            ) from error
         raise PeerLost(f"{node} is gone: {first_line(error)}", "it is replaced where its machine lives") from error
+    except ray.exceptions.RayError as error:
+        raise StageError(
+            f"{node} could not be asked: {first_line(error)}", "isthmus doctor checks each node"
+        ) from error
 
 
 @contextmanager
@@ -266,7 +291,9 @@ def _own_folder() -> Path:
 def open_fleet(config: FleetConfig, address: str | None, run: str, timeouts: TimeoutConfig) -> Iterator[Crew]:
     """Open Ray and put a crew on its nodes; on leaving end both."""
     with open_ray(address):
-        crew = Crew(run, lambda: _slots(config, embedded=address is None), timeouts)
+        crew = Crew(run, lambda: slots_on(ray.nodes(), config, embedded=address is None), config.nodes, timeouts)
+        if not crew.nodes:
+            raise FleetError("the cluster has no node with a GPU or a CPU", "start Ray on nodes that have one")
         if config.nodes is not None and len(crew.nodes) < config.nodes:
             raise FleetError(
                 f"fleet.nodes is {config.nodes}; the cluster has {len(crew.nodes)} places",
@@ -293,7 +320,13 @@ def _keep_sigterm() -> Iterator[None]:
 def _init_ray(address: str | None, folder: Path | None) -> None:
     common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **common)
+        try:
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **common)
+        except Exception as error:  # Where one of its processes does not come up, Ray raises nothing narrower.
+            raise FleetError(
+                f"Ray does not start on this machine: {first_line(error)}",
+                "free memory and space in /tmp; isthmus doctor shows what is wrong",
+            ) from error
         return
     try:
         _require_listener(address)
@@ -314,47 +347,9 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host.strip("[]"), min(int(port), _MAX_PORT)), _CONNECT_S).close()
 
 
-def _slots(config: FleetConfig, *, embedded: bool) -> list[Slot]:
-    """Return the places to train on: on this machine as many as asked, on a cluster one a GPU, or a CPU-only node."""
-    found: list[tuple[Mapping[str, Any], int, int, int]] = []
-    for ray_node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
-        resources = ray_node["Resources"]
-        num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        if not ray_node["Alive"] or (num_gpus == 0 and num_cpus == 0):
-            continue
-        places = num_gpus or ((config.nodes or _EMBEDDED_NODES) if embedded else 1)
-        threads = config.threads or max(1, num_cpus // places)
-        found += [(ray_node, min(1, num_gpus), threads, 1 if num_gpus else places)] * places
-    return [_slot(config, _node_name(i), *place) for i, place in enumerate(found[: config.nodes])]
-
-
-def _node_name(number: int) -> str:
-    return f"node-{number}"
-
-
-def _slot(
-    config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int, num_sharing: int
-) -> Slot:
-    region, price_per_hour = region_and_price(config, ray_node["Labels"])
-    return Slot(
-        node=name,
-        ray_node_id=ray_node["NodeID"],
-        region=region,
-        price_per_hour=price_per_hour,
-        num_gpus=num_gpus,
-        num_threads=num_threads,
-        num_sharing=num_sharing,
-    )
-
-
-def region_and_price(config: FleetConfig, labels: Mapping[str, str]) -> tuple[str, float]:
-    """Return where a node is and its dollars an hour, by its Ray labels, else by the configuration."""
-    region = labels.get("region", "local")
-    price = labels.get("price", config.region_prices.get(region, config.price_per_hour))
-    try:
-        return region, float(price)
-    except ValueError as error:
-        raise FleetError(f"a node's Ray label price is {price!r}", "make it dollars an hour") from error
+def creation_cause(error: Exception) -> str:
+    """Return what the code said that failed in an actor's creation: what Ray quotes of its traceback, last line."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def first_line(error: Exception) -> str:

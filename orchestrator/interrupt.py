@@ -13,11 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def catch_interrupts(announce: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the run was asked to stop; `announce` is called at the first request.
+    """Yield a function that says whether the run was asked to stop; its first yes calls `announce`.
 
-    Handlers are put back after the first request, so that a second one does what it does by default.
+    The first request only sets a flag, since a handler may run in the midst of a print. A second one ends the process:
+    Ctrl-C as KeyboardInterrupt, SIGTERM at once. On leaving, the handlers from before are put back.
     """
-    asked = False
+    asked = announced = False
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def restore() -> None:
@@ -29,11 +30,17 @@ def catch_interrupts(announce: Callable[[], None]) -> Iterator[Callable[[], bool
         asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-        announce()
+
+    def is_asked() -> bool:
+        nonlocal announced
+        if asked and not announced:
+            announced = True
+            announce()
+        return asked
 
     for number in _SIGNALS:
         signal.signal(number, ask)
     try:
-        yield lambda: asked
+        yield is_asked
     finally:
         restore()

@@ -49,7 +49,8 @@ class Progress:
         commit, step_s = decision.commit, self.recent_step_s[-1]
         after = replace(
             self,
-            total_tokens=self.total_tokens + outcome.num_targets,
+            # What a skipped step saw changed no weight.
+            total_tokens=self.total_tokens + (0 if commit.skip else outcome.num_targets),
             dollars=self.dollars + dollars_per_hour * step_s / 3600,
         )
         record = StepRecord(

@@ -47,7 +47,8 @@ def require_data(config: RunConfig) -> DataManifest:
 
 def plan_fleet(config: RunConfig, crew: Crew) -> tuple[Fleet, Plan]:
     """Probe the fleet on this model and plan for it."""
-    fleet = crew.probe(ProbeOrder(model=config.model, batch=config.batch), config.fleet.probe_bytes)
+    order = ProbeOrder(model=config.model, batch=config.batch, document_mask=config.data.document_mask)
+    fleet = crew.probe(order, config.fleet.probe_bytes)
     work = Workload(
         model=config.model,
         batch=config.batch,

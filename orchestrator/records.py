@@ -1,6 +1,6 @@
 """What a run says of itself: the records that console, events file, W&B, metrics and report all show.
 
-PURE. A record is made once, from the stages' reports, by `summarise_step`; every sink only formats it.
+PURE. A step's record is made once, by `Progress.after`; every sink only formats it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StepRecord:
     skipped: bool
     num_skipped: int
     num_targets: int
-    # Tokens trained on since the run's first step, this one included.
+    # Tokens trained on since the run's first step, this one included; those of skipped steps are not.
     total_tokens: int
     step_s: float
     tokens_per_s: float

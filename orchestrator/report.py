@@ -52,10 +52,11 @@ class RunTotals:
     tokens: int
     loss: float | None
     val_loss: float | None
-    # Over the time that steps took, evaluations and restarts left out.
+    # Over the time that the steps on record took, evaluations and restarts left out.
     tokens_per_s: float | None
     seconds: float
     dollars: float
+    # Of the steps on record.
     dollars_per_mtoken: float | None
     raw_bytes: int
     wire_bytes: int
@@ -65,21 +66,30 @@ def totals(history: History) -> RunTotals:
     """Return what a run came to."""
     steps = history.steps
     seconds = sum(step.step_s for step in steps)
-    tokens = steps[-1].total_tokens if steps else 0
-    dollars = steps[-1].dollars if steps else 0.0
     return RunTotals(
         num_nodes=len(steps[-1].stages) if steps else 0,
         num_steps=len(steps),
-        tokens=tokens,
+        tokens=steps[-1].total_tokens if steps else 0,
         loss=steps[-1].loss if steps else None,
         val_loss=history.evaluations[-1].loss if history.evaluations else None,
-        tokens_per_s=tokens / seconds if seconds else None,
+        tokens_per_s=sum(step.num_targets for step in steps) / seconds if seconds else None,
         seconds=seconds,
-        dollars=dollars,
-        dollars_per_mtoken=dollars * 1e6 / tokens if tokens else None,
+        dollars=steps[-1].dollars if steps else 0.0,
+        dollars_per_mtoken=_dollars_per_mtoken(steps),
         raw_bytes=sum(step.raw_bytes for step in steps),
         wire_bytes=sum(step.wire_bytes for step in steps),
     )
+
+
+def _dollars_per_mtoken(steps: Sequence[StepRecord]) -> float | None:
+    """Return what a million trained tokens cost, also where the records do not begin with the run's first step."""
+    if not steps:
+        return None
+    first = steps[0]
+    # What had been spent before the first record is not known, only what had been after it.
+    paid, spent_before = (steps, 0.0) if first.step == 0 else (steps[1:], first.dollars)
+    tokens = sum(step.num_targets for step in paid if not step.skipped)
+    return (steps[-1].dollars - spent_before) * 1e6 / tokens if tokens else None
 
 
 def comparison(run: RunTotals, baseline: RunTotals | None) -> list[tuple[str, str, str]]:

@@ -1,8 +1,8 @@
 """The folder of one run: its paths, the lock that keeps a second driver out, and writes that are whole or not there.
 
 runs/<name>/
-  config.yaml  plan.json  fleet.json  events.jsonl  status.json  timeline.png  lock
-  checkpoints/  wandb/  logs/attempt_<n>/  logs/latest -> attempt_<n>
+  config.yaml  plan.json  plan-preview.json  fleet.json  events.jsonl  status.json  timeline.png  lock
+  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RunFolder:
         """Create what is missing of `root/name`; raises ConfigError for a name that cannot be one."""
         folder = cls(root / check_run_name(name))
         with disk_errors(folder.path):
-            for directory in (folder.checkpoints, folder.wandb, folder.logs):
+            for directory in (folder.checkpoints, folder.wandb):
                 directory.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -85,6 +85,11 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def plan_preview(self) -> Path:
+        """What `isthmus plan` says once the run has begun, whose own plan stays."""
+        return self.path / "plan-preview.json"
 
     @property
     def fleet(self) -> Path:
@@ -113,24 +118,8 @@ class RunFolder:
         return self.path / "wandb"
 
     @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
     def _lock(self) -> Path:
         return self.path / "lock"
-
-    def new_attempt(self) -> Path:
-        """Create the next `logs/attempt_<n>`, point `logs/latest` at it in one rename, and return it."""
-        taken = [int(p.name.removeprefix("attempt_")) for p in self.logs.glob("attempt_*") if p.name[8:].isdecimal()]
-        attempt = self.logs / f"attempt_{max(taken, default=0) + 1}"
-        with disk_errors(attempt):
-            attempt.mkdir()
-            link = self.logs / f".latest.{os.getpid()}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(attempt.name)
-            os.replace(link, self.logs / "latest")
-        return attempt
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ class Stages:
     crew: Crew
     plan: Plan
     config: RunConfig
+    # Of the data's manifest, as the driver reads it.
+    data_sha256: str
 
     @property
     def nodes(self) -> list[str]:
@@ -45,6 +47,7 @@ class Stages:
                 optim=config.optim,
                 timeouts=config.timeouts,
                 data=config.data,
+                data_sha256=self.data_sha256,
                 seed=config.seed,
                 activation_checkpointing=config.train.activation_checkpointing,
             )

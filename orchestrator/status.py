@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Status:
 
     run: str
     step: StepRecord | None = None
-    # When `step` was recorded.
+    # When `step` was recorded; 0 where a driver before this one did.
     step_unix_s: float = 0.0
     evaluation: EvalRecord | None = None
     event: EventRecord | None = None
@@ -39,12 +40,18 @@ class Status:
 
 
 class StatusFile:
-    """The sink that keeps status.json true, at most a write a second for steps. Raises DiskFull."""
+    """The sink that keeps status.json true, at most a write a second for steps. Raises DiskFull.
+
+    It goes on from what the driver before left there: a run that has nothing more to do is still finished.
+    """
 
     def __init__(self, folder: RunFolder, clock: Callable[[], float]) -> None:
         self._path = folder.status
         self._clock = clock
         self._status = Status(run=folder.name)
+        # What cannot be read is written anew.
+        with suppress(UserError):
+            self._status = replace(_read_json(Status, self._path) or self._status, step_unix_s=0.0, exit_code=None)
         self._written_unix_s = 0.0
 
     def start(self, config: Mapping[str, object], plan: Plan) -> None:
@@ -82,6 +89,8 @@ class RunView:
     # None where the run has not said anything yet.
     status: Status | None
     plan: Plan | None
+    # False where a file of it is damaged.
+    is_readable: bool = True
 
 
 def read_status(run: Path) -> RunView:
@@ -101,10 +110,26 @@ def read_status(run: Path) -> RunView:
 
 
 def list_status(root: Path) -> tuple[RunView, ...]:
-    """Return every run in `root`, the live ones first, then by name."""
+    """Return every run in `root`, the live ones first, then by name; one that is not readable says so itself."""
     runs = [path for path in root.iterdir() if RunFolder(path).config.exists()] if root.is_dir() else []
-    views = [read_status(path) for path in runs]
+    views = [_view_for_list(path) for path in runs]
     return tuple(sorted(views, key=lambda view: (not view.is_live, view.folder.name)))
+
+
+def _view_for_list(run: Path) -> RunView:
+    """Return what is known of a run; one whose files cannot be read must not hide the others."""
+    try:
+        return read_status(run)
+    except UserError:
+        folder = RunFolder(run)
+        return RunView(
+            folder=folder,
+            is_live=folder.is_live(),
+            holder=folder.holder(),
+            status=None,
+            plan=None,
+            is_readable=False,
+        )
 
 
 def _read_json(kind: type, path: Path) -> Any:
@@ -160,8 +185,10 @@ def render_list(views: Sequence[RunView], now_unix_s: float) -> RenderableType:
 def state_text(view: RunView, now_unix_s: float) -> str:
     """Return what the run does now, with the command to go on where it does nothing."""
     step = view.status.step if view.status else None
+    if not view.is_readable:
+        return f"not readable; see: isthmus status {view.folder.name}"
     if view.is_live:
-        if view.status is None or step is None:
+        if view.status is None or step is None or not view.status.step_unix_s:
             return f"starting ({view.holder})"
         age = duration_text(max(0.0, now_unix_s - view.status.step_unix_s))
         return f"running ({view.holder}), last step {age} ago"

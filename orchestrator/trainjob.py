@@ -31,9 +31,9 @@ from actors.errors import FleetError, IsthmusError, StageError
 from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
 from actors.spec import EvalReport, NodeCard, StepReport
 from orchestrator.config import RunConfig, TrainConfig
-from orchestrator.fleet import region_and_price
 from orchestrator.lifecycle import RunState, Stop, on_step_done, summarise
 from orchestrator.runfolder import write_atomic
+from orchestrator.slots import region_and_price
 
 
 class Act(Enum):
@@ -225,6 +225,8 @@ def _card(config: RunConfig, worker: int, device: torch.device, num_sharing: int
         device=device_name(device),
         boundary_bytes=2 if device.type == "cuda" else 4,
         memory_bytes=memory_bytes,
-        times=time_parts(config.model, config.batch, device, time.perf_counter),
+        times=time_parts(
+            config.model, config.batch, device, time.perf_counter, document_mask=config.data.document_mask
+        ),
         price_per_hour=price_per_hour,
     )

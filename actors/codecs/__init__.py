@@ -1,7 +1,6 @@
 """Codecs: how a boundary tensor becomes the bytes of a frame, and back.
 
-One `Codec` protocol; `CODECS` by name, `CODECS_BY_CODE` by the number that the frame's header holds.
-Adding one takes its module and one line of the registry.
+One `Codec` protocol; `CODECS` holds them by name. Adding one takes its module and one line of the registry.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class Codec(Protocol):
 
 _REGISTRY: tuple[Codec, ...] = (Raw(), Bf16())
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTRY}
-CODECS_BY_CODE: dict[int, Codec] = {codec.code: codec for codec in _REGISTRY}
 
 
 def codec_for(name: str, role: TensorRole, key: str) -> Codec:

@@ -205,12 +205,11 @@ def compute_dtype(hidden_BTD: Tensor) -> torch.dtype:
     return hidden_BTD.dtype
 
 
-def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the cross-entropies in nats, float32, and the number of targets; both scalars.
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies in nats, a float32 scalar.
 
-    Targets of IGNORED_TARGET are left out of both. A sum, not a mean: the step divides by all of its targets.
+    Targets of IGNORED_TARGET are left out. A sum, not a mean: the step divides by all of its targets.
     """
-    loss_sum = functional.cross_entropy(
+    return functional.cross_entropy(
         logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
     )
-    return loss_sum, (targets_BT != IGNORED_TARGET).sum()

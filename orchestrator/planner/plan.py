@@ -20,7 +20,7 @@ from orchestrator.planner.cost import Workload, compute_s, memory_bytes, step_s
 
 # What probe noise may be: a split must beat the even one by this share of its step to be taken.
 _CLEARLY_BETTER = 0.05
-# A link that was not measured: two nodes of one machine or one rack.
+# Where no link was measured: two nodes of one machine or one rack.
 _NEAR_LINK_DELAY_S, _NEAR_LINK_RATE_MBPS = 0.0005, 4000.0
 
 Split = tuple[tuple[int, int], ...]
@@ -208,9 +208,10 @@ def _plan_link(
     stage: int, source: NodeCard, target: NodeCard, links: Sequence[LinkCard], work: Workload, wire: WireConfig
 ) -> LinkPlan:
     """Return the link from `stage` to the next: codecs from the config, chunks and window from its rate."""
-    measured = [link for link in links if (link.source, link.target) == (source.node, target.node)]
-    delay_s = measured[0].delay_s if measured else _NEAR_LINK_DELAY_S
-    rate_mbps = measured[0].rate_mbps if measured else _NEAR_LINK_RATE_MBPS
+    # Of a link that was not measured among others that were, the worst is assumed.
+    known = [link for link in links if (link.source, link.target) == (source.node, target.node)] or links
+    delay_s = max((link.delay_s for link in known), default=_NEAR_LINK_DELAY_S)
+    rate_mbps = min((link.rate_mbps for link in known), default=_NEAR_LINK_RATE_MBPS)
     chunk_bytes, window_bytes = chunk_and_window_bytes(rate_mbps, wire)
     num_elements = work.batch.microbatch_tokens * work.model.hidden_size
     dtype = torch.bfloat16 if source.boundary_bytes == 2 else torch.float32

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -27,6 +25,7 @@ from orchestrator.events import read_history
 from orchestrator.records import EventRecord
 from orchestrator.whole import open_trained
 from tests.complaint import complaint_of
+from tests.lab.local_cluster import open_cluster
 from tests.small_run import small_config, small_run
 
 pytestmark = pytest.mark.cluster
@@ -43,19 +42,8 @@ def own_environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bare_address() -> Iterator[str]:
     """The address of a cluster that was started without Isthmus's settings; its one node has a GPU, so it says."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    cluster = Cluster()
-    try:
-        with mock.patch.dict(os.environ, RAY_TMPDIR=folder):
-            for name in RAY_SETTINGS:
-                os.environ.pop(name, None)
-            cluster.add_node(num_cpus=1, num_gpus=1, include_dashboard=False)
+    with open_cluster([{"num_cpus": 1, "num_gpus": 1}], without=list(RAY_SETTINGS)) as cluster:
         yield cluster.address
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def events_of(folder: Path) -> list[EventRecord]:

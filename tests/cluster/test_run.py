@@ -31,7 +31,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train_plainly(small_config(tmp_path_factory.mktemp("reference"), f"train.steps={STEPS}"))
 
 
-def drive(config: RunConfig, address: str, interrupted: Callable[[], bool] = lambda: False) -> RunResult:
+def drive(config: RunConfig, address: str | None, interrupted: Callable[[], bool] = lambda: False) -> RunResult:
     with open(os.devnull, "w") as nowhere:
         return train(config, address=address, console=Console(file=nowhere), interrupted=interrupted)
 
@@ -115,11 +115,12 @@ def test_altered_checkpoint_is_named_and_the_one_before_used(
     assert resumed[-1].step == 4
 
 
-def test_checkpoints_on_s3_resume_too(tmp_path: Path, ray_address: str, reference: Trained, s3_url: str) -> None:
+def test_checkpoints_on_s3_resume_too(tmp_path: Path, reference: Trained, s3_url: str) -> None:
+    # A Ray of its own: workers have the credentials of whoever started their node.
     words = (f"train.steps={STEPS}", "plan.stages=2", f"checkpoints.url={s3_url}", "checkpoints.every_steps=2")
     config = small_config(tmp_path, *words)
-    stopped = drive(config, ray_address, after_steps(config, 3))
+    stopped = drive(config, None, after_steps(config, 3))
     assert not (stopped.folder / "checkpoints").exists() or not list((stopped.folder / "checkpoints").iterdir())
-    resumed = drive(config, ray_address)
+    resumed = drive(config, None)
     assert_equal_to(reference, resumed)
     assert "resumed" in [event.name for event in history_of(resumed).events]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from actors.model.decoder import DecoderStage
 from actors.model.init import initialise
 from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
+from actors.pipeline import Timeline
 from actors.spec import Commit
 
 pytestmark = [
@@ -37,10 +40,14 @@ def test_encoding_waits_for_the_compute_that_makes_the_tensor(name: str) -> None
         assert payload == bytes(CODECS[name].encode(tensor.cpu()))
 
 
-def test_training_steps_lower_the_loss_on_cuda() -> None:
-    model = DecoderStage(SPEC, 0, 2).to("cuda")
+def stage_engine(start: int, stop: int) -> StageEngine:
+    model = DecoderStage(SPEC, start, stop, device="cuda")
     initialise(model, seed=1)
-    engine = StageEngine(model, OptimConfig(lr=3e-3, warmup_steps=0))
+    return StageEngine(model, OptimConfig(lr=3e-3, warmup_steps=0))
+
+
+def test_training_steps_lower_the_loss_on_cuda() -> None:
+    engine = stage_engine(0, 2)
     assert engine.boundary_dtype is torch.bfloat16
     tokens_BT = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
     batch = Microbatch(tokens_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, 1), documents_BT=None, num_targets=128)
@@ -54,3 +61,41 @@ def test_training_steps_lower_the_loss_on_cuda() -> None:
         engine.commit(Commit(step=step, lr=3e-3, clip_scale=1.0))
     assert losses[-1] < losses[0] - 0.5
     assert engine.peak_memory_bytes() > 0
+
+
+def test_the_residual_stream_is_float32_wherever_the_model_is_cut() -> None:
+    whole, cut = stage_engine(0, 2), [stage_engine(0, 1), stage_engine(1, 2)]
+    tokens_BT = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
+    batch = Microbatch(tokens_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, 1), documents_BT=None, num_targets=128)
+    for engine in (whole, *cut):
+        engine.begin(0, 128)
+    whole.forward(0, None, batch)
+    boundary_BTD = cut[0].forward(0, None, batch)
+    assert boundary_BTD is not None
+    assert boundary_BTD.dtype is torch.bfloat16
+    seen: list[torch.dtype] = []
+    cut[1].model.layers["1"].register_forward_hook(lambda block, given, output: seen.append(output.dtype))
+    cut[1].forward(0, boundary_BTD, batch)
+    cut[1].evaluate(boundary_BTD, batch)
+    assert seen == [torch.float32, torch.float32]
+    # What is left is the rounding of the boundary itself.
+    assert cut[1].loss_sum == pytest.approx(whole.loss_sum, rel=1e-3)
+    grad_BTD = cut[1].backward(0, None)
+    assert grad_BTD is not None
+    assert grad_BTD.dtype is torch.bfloat16
+    cut[0].backward(0, grad_BTD)
+
+
+def test_compute_is_timed_on_the_device() -> None:
+    factor = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    timeline = Timeline(time.monotonic, factor.device)
+    with timeline.record("F", 0):
+        tensor = factor
+        for _ in range(50):
+            tensor = tensor @ factor / 64.0
+        launched_s = timeline.elapsed_s
+    (action,) = timeline.actions()
+    # 50 products of 137 GFLOP take far longer than to launch them.
+    assert action.end_s > launched_s
+    assert 0 <= action.start_s < action.end_s <= timeline.elapsed_s + 0.01

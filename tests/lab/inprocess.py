@@ -15,9 +15,20 @@ from torch import Tensor
 
 from actors.link import Carrier
 from actors.mailbox import Receipt
-from actors.spec import Assignment, CheckpointRef, Commit, LoadOrder, NodeCard, PartTimes, StepOrder
+from actors.spec import (
+    Assignment,
+    CheckpointRef,
+    Commit,
+    EvalOrder,
+    EvalReport,
+    LoadOrder,
+    NodeCard,
+    PartTimes,
+    StepOrder,
+)
 from actors.spec import Fleet as FleetCards
 from actors.stage import Stage
+from actors.token_shards import DataManifest
 from orchestrator.config import RunConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
 from orchestrator.planner.cost import Workload
@@ -69,6 +80,7 @@ class Pipeline:
         )
         plan_config = type(config.plan)(split=tuple(split), schedule=config.plan.schedule)
         plan = make_plan(equal_nodes(len(split)), work, config.wire, plan_config)
+        data_sha256 = DataManifest.load(config.data.path).sha256
         self.stages: list[Stage] = []
 
         def carrier_to(stage: int) -> Carrier:
@@ -86,6 +98,7 @@ class Pipeline:
                 optim=config.optim,
                 timeouts=config.timeouts,
                 data=config.data,
+                data_sha256=data_sha256,
                 seed=config.seed,
                 activation_checkpointing=config.train.activation_checkpointing,
             )
@@ -114,6 +127,15 @@ class Pipeline:
             self.grad_norms.append(outcome.grad_norm)
         self._all("step", self._order(run_step=False))
         self._commit = None
+
+    def evaluate(self, num_microbatches: int) -> list[EvalReport]:
+        order = EvalOrder(
+            run=self._config.name,
+            generation=self.state.generation,
+            step=self.state.step,
+            num_microbatches=num_microbatches,
+        )
+        return self._all("evaluate", order)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for stage in self.stages for name, p in stage.parameters.items()}

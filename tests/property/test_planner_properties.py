@@ -173,7 +173,7 @@ def test_a_thinner_link_never_makes_it_faster(
     assert step_s(rate_mbps) <= step_s(rate_mbps / factor)
 
 
-wires = st.tuples(st.integers(1, 10**6), st.integers(0, 10**6), st.integers(0, 10**7)).map(
+wires = st.tuples(st.integers(1024, 10**6), st.integers(0, 10**6), st.integers(0, 10**7)).map(
     lambda parts: WireConfig(min_chunk_bytes=parts[0], max_chunk_bytes=parts[0] + parts[1], max_window_bytes=sum(parts))
 )
 

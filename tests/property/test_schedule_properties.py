@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.schedule import Op, forward_actions, num_in_flight, stage_actions
+from actors.schedule import Op, num_in_flight, stage_actions
 from actors.spec import ScheduleName
 
 schedules = st.sampled_from(["gpipe", "1f1b"])
@@ -68,11 +68,3 @@ def test_all_stages_finish_though_each_waits_for_its_neighbours_and_mailboxes_ar
             sent = sum((sender, Op.FORWARD, m) in done for m in range(num_microbatches))
             taken = sum((sender + 1, Op.FORWARD, m) in done for m in range(num_microbatches))
             assert sent - taken <= num_in_flight(schedule, sender, num_stages, num_microbatches)
-
-
-@relaxed
-@given(st.integers(1, 16))
-def test_an_evaluation_runs_every_microbatch_forward(num_microbatches: int) -> None:
-    actions = forward_actions(num_microbatches)
-    assert [action.microbatch for action in actions] == list(range(num_microbatches))
-    assert all(action.op is Op.FORWARD for action in actions)

@@ -63,7 +63,7 @@ def make_step(step: int, num_steps: int = 20, num_stages: int = 2, loss: float |
         clip_scale=0.5,
         skipped=False,
         num_skipped=0,
-        num_targets=990,
+        num_targets=1000,
         total_tokens=1000 * (step + 1),
         step_s=2.0,
         tokens_per_s=500.0,

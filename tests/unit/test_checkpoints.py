@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.errors import CheckpointCorrupt, CheckpointError, ConfigError, StoreError
+from actors.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, ConfigError, StoreError
 from actors.model.spec import ModelSpec, RopeScaling
 from actors.settings import BatchSpec
 from actors.shards import file_name, unit_names
@@ -44,6 +44,7 @@ def manifest_of(step: int = 120, model: ModelSpec = MODEL) -> Manifest:
         model=model,
         batch=BatchSpec(),
         data_sha256=SHA256,
+        document_mask=True,
         seed=7,
         tokens_trained=step * 1024,
         history=History(recent_losses=(2.5, 0.1), recent_norms=(1.0, 3.0), num_skipped=1, skips_in_a_row=0),
@@ -112,11 +113,8 @@ HOSTILE = {
     "true as a number": (lambda d: d.update(seed=True), r"a bool as manifest\.seed"),
     "half as a count": (lambda d: d["files"][0].update(size_bytes=0.5), r"a float as manifest\.files\[0\]\.size_bytes"),
     "files as a map": (lambda d: d.update(files={}), r"a dict as manifest\.files"),
-    "null model": (lambda d: d.update(model=None), "keys in manifest.model"),
-    "unknown key": (lambda d: d.update(extra=1), "extra"),
-    "missing key": (lambda d: d.pop("seed"), "seed"),
+    "null model": (lambda d: d.update(model=None), "a NoneType as manifest.model"),
     "impossible model": (lambda d: d["model"].update(num_heads=0), "num_heads is 0"),
-    "another version": (lambda d: d.update(version=2, novelty=1), "not of version 1: use the Isthmus that wrote it"),
     "a run that is a path": (lambda d: d.update(run="../other"), "not a plain name"),
     "half a character": (lambda d: d.update(config="\ud800"), r"manifest\.config"),
     "infinite dollars": (lambda d: d.update(dollars=float("inf")), "not JSON"),
@@ -130,6 +128,29 @@ def test_a_hostile_manifest_is_corrupt(change: Callable[[dict[str, Any]], object
         parse_manifest(changed(change))
 
 
+FOREIGN = {
+    "another version": (lambda d: d.update(version=2, novelty=1), "not of version 1"),
+    "unknown key": (lambda d: d.update(extra=1), "extra"),
+    "missing key": (lambda d: d.pop("seed"), "seed"),
+    "unknown key of the model": (lambda d: d["model"].update(extra=1), "keys in manifest.model: 'extra'"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_manifest_of_another_release_is_foreign_and_none_is_used_in_its_place(
+    change: Callable[[dict[str, Any]], object], words: str, ledger: CheckpointLedger
+):
+    make_whole(ledger, 100)
+    document = json.loads(manifest_of(120).to_json())
+    change(document)
+    ledger.store.put("step-00000120/manifest.json", json.dumps(document).encode())
+    with pytest.raises(CheckpointForeign, match=rf"step-00000120.*{words}.*the Isthmus that wrote it"):
+        ledger.newest_whole(ignore_bad)
+    assert ledger.newest_whole(ignore_bad, below=120) == manifest_of(100)
+    # It is not ours to judge, and a run that is under way must not end because of it.
+    assert ledger.retain(2) == ()
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200_000, b"1" * 5000, b" " * (MAX_MANIFEST_BYTES + 1)]
 )
@@ -140,14 +161,14 @@ def test_what_is_no_manifest_is_corrupt(data: bytes):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_no_harm_to_a_manifest_ends_in_anything_but_corrupt(data: st.DataObject):
+def test_no_harm_to_a_manifest_ends_in_anything_but_corrupt_or_foreign(data: st.DataObject):
     whole = manifest_of().to_json()
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     harmed = whole[:start] + data.draw(st.binary(max_size=8)) + whole[stop:]
     try:
         parsed = parse_manifest(harmed)
-    except CheckpointCorrupt:
+    except (CheckpointCorrupt, CheckpointForeign):
         return
     assert {file.name for file in parsed.files} == {file.name for file in manifest_of().files}
 
@@ -290,6 +311,19 @@ def test_a_bad_checkpoint_does_not_take_a_whole_ones_place(ledger: CheckpointLed
     assert folders(ledger) == {"step-00000100", "step-00000300", "step-00000400"}
 
 
+def test_a_checkpoint_that_a_load_proved_corrupt_does_not_take_a_whole_ones_place(ledger: CheckpointLedger):
+    for step in (100, 200):
+        make_whole(ledger, step)
+    # The same size: only a hash can tell.
+    ledger.store.put("step-00000200/head.safetensors", b"atad")
+    ledger.set_aside(200)
+    assert ledger.newest_whole(ignore_bad) == manifest_of(100)
+    assert ledger.retain(1) == ()
+    assert folders(ledger) == {"step-00000100", "step-00000200"}
+    make_whole(ledger, 300)
+    assert ledger.retain(1) == ("step-00000100", "step-00000200")
+
+
 class RecordingStore(LocalStore):
     deleted: tuple[str, ...] = ()
 
@@ -340,7 +374,14 @@ def test_one_failure_settles_a_save():
 
 
 def now(**changes: Any) -> dict[str, Any]:
-    return {"model": MODEL, "batch": BatchSpec(), "data_sha256": SHA256, "seed": 7, **changes}
+    return {
+        "model": MODEL,
+        "batch": BatchSpec(),
+        "data_sha256": SHA256,
+        "document_mask": True,
+        "seed": 7,
+        **changes,
+    }
 
 
 def test_what_may_change_may_change():
@@ -357,6 +398,7 @@ def test_what_may_change_may_change():
         ({"batch": BatchSpec(microbatch_size=4)}, r"batch\.microbatch_size: checkpoint 8, now 4"),
         ({"batch": BatchSpec(num_microbatches=4)}, r"batch\.num_microbatches: checkpoint 8, now 4"),
         ({"data_sha256": "f" * 64}, "data "),
+        ({"document_mask": False}, r"data\.document_mask: checkpoint True, now False"),
         ({"seed": 8}, "seed: checkpoint 7, now 8"),
     ],
 )

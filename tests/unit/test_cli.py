@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from unittest import mock
@@ -20,21 +21,24 @@ import pytest
 
 from actors.prepare import prepare
 from actors.shards import file_name, unit_names
-from actors.spec import SavedFile
+from actors.spec import Fleet, NodeCard, PartTimes, Plan, SavedFile
 from actors.store import open_store
 from actors.token_shards import DataManifest
 from orchestrator import cli
 from orchestrator.checkpoints import CheckpointLedger, Manifest, checkpoint_name
 from orchestrator.config import RunConfig
 from orchestrator.controller import checkpoint_url
+from orchestrator.events import decode
 from orchestrator.lifecycle import History
 from orchestrator.machine import Finding
 from orchestrator.runfolder import RunFolder
 from tests.complaint import assert_one_complaint, complaint_of
 from tests.small_run import small_config, small_run
 from tests.unit.prepared_data import write_data
+from tests.unit.synthetic_run import make_plan
 
 VERBS = ("demo", "train", "plan", "baseline", "data prepare", "doctor", "status", "export", "generate", "report")
+IDLE = PartTimes(layer_forward_s=0.0, layer_backward_s=0.0, embedding_s=0.0, head_s=0.0)
 Capture = pytest.CaptureFixture[str]
 
 
@@ -189,6 +193,7 @@ def save_checkpoint(config: RunConfig) -> None:
         model=config.model,
         batch=config.batch,
         data_sha256=sha256(data.to_json()).hexdigest(),
+        document_mask=config.data.document_mask,
         seed=config.seed,
         tokens_trained=1,
         history=History(),
@@ -228,6 +233,40 @@ def test_status_of_a_run_that_is_not_there_says_so(tmp_path: Path, capsys: Captu
     assert "there is no run in" in complaint_of(capsys, 2, "status", "nothing", "--runs-dir", str(tmp_path))
     assert cli.main(["status", "--runs-dir", str(tmp_path)]) == 0
     assert "no runs here" in capsys.readouterr().out
+
+
+def test_status_takes_a_runs_folder_as_well_as_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    RunFolder.open(tmp_path / "runs", "demo")
+    monkeypatch.chdir(tmp_path)
+    for named in ("demo", "runs/demo", str(tmp_path / "runs" / "demo")):
+        assert cli.main(["status", named]) == 0
+        assert "run demo: not running" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_plan_shows_the_plan_and_leaves_that_of_a_run_alone(
+    has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = RunFolder.open(tmp_path / "runs", "small")
+    if has_begun:
+        folder.events.touch()
+        folder.plan.write_text("its own")
+    plan = make_plan()
+    cards = [
+        NodeCard(node=f"node-{i}", host="h", region="r", device="cpu", boundary_bytes=4, memory_bytes=1, times=IDLE)
+        for i in range(2)
+    ]
+    monkeypatch.setattr("orchestrator.fleet.open_fleet", lambda *_: nullcontext())
+    monkeypatch.setattr("orchestrator.recipe.plan_fleet", lambda *_: (Fleet(nodes=tuple(cards), links=()), plan))
+    with folder.lock() if has_begun else nullcontext():
+        assert cli.main(["plan", *small_run(tmp_path)]) == 0
+    assert "what binds: link 0 -> 1" in capsys.readouterr().out
+    saved = folder.plan_preview if has_begun else folder.plan
+    assert decode(Plan, json.loads(saved.read_text())) == plan
+    assert folder.plan_preview.exists() == has_begun
+    assert not has_begun or folder.plan.read_text() == "its own"
 
 
 def test_text_that_is_not_there_is_named(tmp_path: Path, capsys: Capture) -> None:

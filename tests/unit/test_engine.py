@@ -102,8 +102,8 @@ def test_gradients_are_those_of_the_mean_over_the_steps_targets() -> None:
     reference = DecoderStage(SPEC, 0, SPEC.num_layers)
     initialise(reference, seed=1)
     (batch,) = batches(1)
-    loss_sum, num_targets = token_losses(reference(batch.tokens_BT, batch.documents_BT), batch.targets_BT)
-    (loss_sum / num_targets).backward()
+    loss_sum = token_losses(reference(batch.tokens_BT, batch.documents_BT), batch.targets_BT)
+    (loss_sum / batch.num_targets).backward()
     for name, parameter in reference.named_global_parameters().items():
         torch.testing.assert_close(grads(stage)[name], parameter.grad, rtol=1e-4, atol=1e-6)
     assert stage.loss_sum == pytest.approx(loss_sum.item(), rel=1e-6)
@@ -256,6 +256,20 @@ def test_boundary_tensors_are_float32_on_the_cpu_and_keep_no_graph() -> None:
     assert grad_BTD is not None
     assert grad_BTD.shape == hidden_BTD.shape
     assert grad_BTD.dtype == torch.float32
+
+
+def test_a_bf16_boundary_is_gone_on_from_in_float32() -> None:
+    (batch,) = batches(1)
+    hidden_BTD = torch.randn(ROWS, SEQ_LEN, SPEC.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    outputs = []
+    for given in (hidden_BTD, hidden_BTD.float()):
+        stage = engine(1, 2)
+        stage.begin(0, batch.num_targets)
+        forward_BTD = stage.forward(0, given, batch)
+        assert forward_BTD is not None
+        assert torch.equal(stage.evaluate(given, batch), forward_BTD)
+        outputs.append((forward_BTD, stage.backward(0, torch.ones_like(forward_BTD))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
 
 
 def test_an_evaluation_changes_nothing_and_sums_the_losses() -> None:

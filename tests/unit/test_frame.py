@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from actors.errors import FrameCorrupt
+from actors.errors import FrameCorrupt, FrameUnexpected
 from actors.frame import (
     HEADER_BYTES,
     MAX_FRAME_BYTES,
@@ -96,7 +96,7 @@ def test_no_other_length_gets_through() -> None:
 
 
 def test_another_version_is_named_with_its_remedy() -> None:
-    with pytest.raises(FrameCorrupt, match="version 2 came; this node speaks version 1") as caught:
+    with pytest.raises(FrameUnexpected, match="version 2 came; this node speaks version 1") as caught:
         parse_chunk(altered(4, "B", 2))
     assert "same release" in caught.value.remedy
 
@@ -118,11 +118,21 @@ def test_another_version_is_named_with_its_remedy() -> None:
         pytest.param(altered(76, "<Q", 2**64 - 1), id="an offset beyond any frame"),
         pytest.param(altered(84, "<Q", 47), id="a payload larger than the frame"),
         pytest.param(altered(84, "<Q", MAX_FRAME_BYTES + 1), id="a frame beyond the limit"),
+    ],
+)
+def test_fields_that_contradict_one_another_are_refused(chunk: bytes) -> None:
+    with pytest.raises(FrameUnexpected):
+        parse_chunk(chunk)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
         pytest.param(altered(92, "<I", 47), id="a payload size that is not the payload's"),
         pytest.param(altered(96, "<I", 0), id="a payload checksum that is not the payload's"),
     ],
 )
-def test_fields_that_contradict_one_another_are_refused(chunk: bytes) -> None:
+def test_a_payload_that_is_not_the_headers_is_corrupt(chunk: bytes) -> None:
     with pytest.raises(FrameCorrupt):
         parse_chunk(chunk)
 

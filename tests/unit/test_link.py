@@ -31,7 +31,8 @@ ACCEPTED, BUSY = Receipt(Verdict.ACCEPTED), Receipt(Verdict.BUSY)
 @pytest.fixture(autouse=True)
 def quick_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.link._ERROR_RETRY_S", 0.01)
-    monkeypatch.setattr("actors.link._BUSY_RETRY_S", 0.005)
+    monkeypatch.setattr("actors.link._BUSY_RETRY_S", 0.002)
+    monkeypatch.setattr("actors.link._MAX_BUSY_RETRY_S", 0.008)
 
 
 class Scripted:
@@ -228,6 +229,54 @@ def test_a_busy_peer_is_asked_again_for_as_long_as_it_takes(sender: Sender) -> N
     assert sender.failures.empty()
 
 
+def test_a_busy_peer_is_asked_less_and_less_often(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.link._MAX_BUSY_RETRY_S", 0.064)
+    carrier = Scripted(lambda header, attempt: BUSY if attempt < 8 else ACCEPTED)
+    began_s = time.monotonic()
+    send(sender.link(carrier, window_bytes=1), 0)
+    pushed = [carrier.next_pushed()[0].chunk for _ in range(9)]
+    assert pushed == [0] * 8 + [1]
+    # 2 + 4 + 8 + 16 + 32 + 64 + 64 ms
+    assert time.monotonic() - began_s >= 0.19
+
+
+@pytest.mark.parametrize("receipt", [ACCEPTED, Receipt(Verdict.DUPLICATE), Receipt(Verdict.STALE)])
+def test_a_late_receipt_settles_a_chunk_that_went_out_again(sender: Sender, receipt: Receipt) -> None:
+    carrier = Scripted(lambda header, attempt: None)
+    send(sender.link(carrier, window_bytes=1, ack_s=0.01), 0)
+    _, first = carrier.next_pushed()
+    carrier.next_pushed()
+    first.set_result(receipt)
+    while carrier.next_pushed()[0].chunk == 0:
+        pass
+    assert sender.failures.empty()
+
+
+def test_a_late_refusal_fails_and_a_late_fault_matters_not(sender: Sender) -> None:
+    carrier = Scripted(lambda header, attempt: None)
+    send(sender.link(carrier, window_bytes=1, ack_s=0.05), 0)
+    attempts = [carrier.next_pushed()[1] for _ in range(3)]
+    attempts[0].set_exception(PeerLost("stage 1 on node-1 is gone"))
+    attempts[1].set_result(Receipt(Verdict.REFUSED, "shape (1,) is not (2,)"))
+    assert isinstance(sender.failure(), FrameUnexpected)
+
+
+def test_room_is_for_frames_that_are_not_settled(sender: Sender) -> None:
+    carrier = Scripted(lambda header, attempt: None)
+    link = sender.link(carrier)
+    for microbatch in range(2):
+        link.wait_for_room(2, PATIENCE_S)
+        send(link, microbatch)
+    with pytest.raises(PeerTimeout, match="stage 1 on node-1 left 2 frames unacknowledged"):
+        link.wait_for_room(2, 0.01)
+    for _ in range(4):
+        carrier.next_pushed()[1].set_result(ACCEPTED)
+    link.wait_for_room(2, PATIENCE_S)
+    # What is dropped leaves room too.
+    send(link, 0, generation=2)
+    link.wait_for_room(2, PATIENCE_S)
+
+
 @pytest.mark.parametrize("answer", [Receipt(Verdict.CORRUPT, "the payload's checksum is wrong"), PeerError("away")])
 def test_what_came_damaged_or_not_at_all_is_repeated(sender: Sender, answer: Answer) -> None:
     carrier = Scripted(lambda header, attempt: answer if attempt < 3 and header.chunk == 1 else ACCEPTED)
@@ -312,6 +361,10 @@ def test_a_fault_of_the_carrier_itself_surfaces(sender: Sender) -> None:
     assert isinstance(failure, StageError)
     assert "stage 1 on node-1" in str(failure)
     assert "the core worker has shut down" in str(failure)
+    with pytest.raises(StageError, match="the core worker has shut down"):
+        send(link, 1)
+    with pytest.raises(StageError, match="the core worker has shut down"):
+        link.wait_for_room(1, PATIENCE_S)
     link.close()
 
 

@@ -134,6 +134,8 @@ def test_what_was_taken_is_not_taken_again(mailbox: Mailbox) -> None:
         ({"shape": (2, 32, 16)}, "shape"),
         ({"microbatch": NUM_MICROBATCHES}, "6 microbatches"),
         ({"kind": Kind.GRADIENT}, "source"),
+        ({"flags": 1}, "options"),
+        ({"seed": 7}, "options"),
     ],
 )
 def test_what_the_plan_does_not_foresee_is_refused(mailbox: Mailbox, fields: dict[str, object], named: str) -> None:
@@ -149,6 +151,15 @@ def test_a_frame_of_another_size_is_refused(mailbox: Mailbox) -> None:
     for size in (4, 4095, 4097, 8192):
         chunk = next(split_frame(header_of(), memoryview(bytes(size)), 1 << 20))
         assert "4096 bytes" in mailbox.offer(chunk).reason
+
+
+def test_a_frame_of_another_release_is_refused(mailbox: Mailbox) -> None:
+    body = bytearray(chunks_of(header_of())[0])
+    body[4] += 1
+    body[100:104] = zlib.crc32(body[:100]).to_bytes(4, "little")
+    receipt = mailbox.offer(bytes(body))
+    assert receipt.verdict is Verdict.REFUSED
+    assert "same release" in receipt.reason
 
 
 def test_more_chunks_than_the_frame_could_need_are_refused(mailbox: Mailbox) -> None:

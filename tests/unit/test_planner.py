@@ -188,6 +188,15 @@ def test_a_thin_link_binds_and_its_codec_sets_the_bytes() -> None:
     assert made.step_s == pytest.approx(step_s(stages, [frame_s], [0.05], BATCH.num_microbatches))
 
 
+def test_a_link_that_was_not_measured_is_taken_for_the_worst_that_was() -> None:
+    nodes = [node(name) for name in "abc"]
+    first, second = plan(fleet(*nodes, links=(link("a", "b", 9.0, 0.02), link("a", "c", 5.0, 0.08))), stages=3).links
+    assert (first.rate_mbps, first.delay_s) == (9.0, 0.02)
+    assert (second.rate_mbps, second.delay_s) == (5.0, 0.08)
+    near, _ = plan(fleet(*nodes), stages=3).links
+    assert near.rate_mbps > 1000
+
+
 def test_bf16_boundaries_halve_an_uncompressed_frame() -> None:
     nodes = (node("a", boundary_bytes=2), node("b", boundary_bytes=2))
     (only,) = plan(fleet(*nodes), wire=WireConfig(forward="none"), stages=2).links

@@ -75,6 +75,13 @@ def test_the_record_says_what_was_decided() -> None:
     assert (record.loss, record.grad_norm, record.lr, record.clip_scale) == (2.5, 3.0, 0.1, 0.5)
 
 
+def test_what_a_skipped_step_saw_was_not_trained_on_but_was_paid_for() -> None:
+    progress, _ = after(Progress(num_steps=10).timed(2.0), 0)
+    progress, record = after(progress.timed(2.0), 1, skip=True)
+    assert (progress.total_tokens, record.total_tokens, record.num_targets) == (1000, 1000, 1000)
+    assert progress.dollars == pytest.approx(8.0)
+
+
 def test_stages_and_links_are_summed_from_the_reports() -> None:
     reports = (
         report(1, sent(1, 0, Kind.GRADIENT, 5), compute_s=3.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_totals_add_up_over_steps() -> None:
     assert result.dollars_per_mtoken == pytest.approx(10.0)
     assert result.raw_bytes == 3 * 2 * 24_600_000
     assert result.val_loss is None
+
+
+def test_totals_of_records_that_begin_late_are_of_what_is_there() -> None:
+    result = totals(fold_history([make_step(step) for step in range(10, 14)]))
+    assert result.tokens == 14_000
+    assert result.tokens_per_s == pytest.approx(500.0)
+    assert result.dollars_per_mtoken == pytest.approx(10.0)
+    assert totals(fold_history([make_step(10)])).dollars_per_mtoken is None
+
+
+def test_a_skipped_step_makes_tokens_dearer() -> None:
+    result = totals(fold_history([make_step(0), replace(make_step(1), skipped=True)]))
+    assert result.dollars_per_mtoken == pytest.approx(20.0)
 
 
 def test_a_history_of_nothing_has_dashes() -> None:

@@ -103,14 +103,6 @@ def test_a_lock_file_of_rubbish_names_nobody(tmp_path: Path) -> None:
         assert f"pid {os.getpid()} on " in folder.holder()
 
 
-def test_each_attempt_gets_its_own_logs_and_latest_points_at_the_last(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "demo")
-    attempts = [folder.new_attempt() for _ in range(11)]
-    assert [path.name for path in attempts] == [f"attempt_{n}" for n in range(1, 12)]
-    assert (folder.logs / "latest").resolve() == attempts[-1].resolve()
-    assert os.readlink(folder.logs / "latest") == "attempt_11"
-
-
 def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
     write_atomic(path, "old")

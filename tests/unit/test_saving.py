@@ -61,6 +61,7 @@ class Job:
             model=MODEL,
             batch=BatchSpec(),
             data_sha256="a" * 64,
+            document_mask=True,
             seed=1,
             tokens_trained=100,
             history=History(),

@@ -314,7 +314,7 @@ def test_a_save_is_reported_once_with_its_files(tmp_path):
     load(LocalStore(tmp_path), {file.name: file for file in report.files}, reader)
     assert_bit_equal(state([reader]), state([stage]))
     assert saver.finished() == ()
-    saver.close()
+    saver.close(20)
 
 
 def test_training_does_not_wait_and_the_newest_save_wins(tmp_path):
@@ -331,7 +331,7 @@ def test_training_does_not_wait_and_the_newest_save_wins(tmp_path):
     gate.set()
     saver.wait(20)
     assert [(r.checkpoint, r.error) for r in saver.finished()] == [("step-1", ""), ("step-3", "")]
-    saver.close()
+    saver.close(20)
 
 
 def test_closing_drops_what_waits(tmp_path):
@@ -339,11 +339,23 @@ def test_closing_drops_what_waits(tmp_path):
     saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
     for step in (1, 2):
         saver.start(f"step-{step}", str(tmp_path), tensors_of(Stage(0, 5)), 0)
-    saver.close()
+    saver.close(0.01)
     gate.set()
     saver.wait(20)
     reports = saver.finished()
     assert {r.checkpoint: bool(r.error) for r in reports} == {"step-1": False, "step-2": True}
+
+
+def test_closing_waits_for_the_save_that_runs(tmp_path):
+    gate = threading.Event()
+    saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
+    saver.start("step-1", str(tmp_path), tensors_of(Stage(0, 5)), 0)
+    opener = threading.Timer(0.05, gate.set)
+    opener.start()
+    saver.close(20)
+    (report,) = saver.finished()
+    assert (report.checkpoint, report.error) == ("step-1", "")
+    opener.join()
 
 
 class FullStore(LocalStore):
@@ -358,7 +370,7 @@ def test_a_full_disk_is_a_report_and_not_an_exception(tmp_path):
     (report,) = saver.finished()
     assert report.files == ()
     assert report.error.startswith("stage 2 could not save step-1: could not write step-1/embedding.safetensors")
-    saver.close()
+    saver.close(20)
 
 
 def save_and_wait(saver: AsyncSaver, checkpoint: str, url: str) -> SaveReport:
@@ -371,7 +383,7 @@ def save_and_wait(saver: AsyncSaver, checkpoint: str, url: str) -> SaveReport:
 def test_a_bucket_that_does_not_exist_is_a_report(s3_url: str):
     report = save_and_wait(saver := AsyncSaver(), "step-1", "s3://no-such-bucket-here/x")
     assert "no such bucket" in report.error
-    saver.close()
+    saver.close(20)
 
 
 def test_a_bucket_that_goes_away_is_a_report_within_bounded_time(s3_environment, monkeypatch):
@@ -386,7 +398,7 @@ def test_a_bucket_that_goes_away_is_a_report_within_bounded_time(s3_environment,
     report = save_and_wait(saver, "step-2", "s3://going-away/run")
     assert f"s3://going-away/run: could not write step-2/embedding.safetensors: http://{host}:{port}" in report.error
     assert "cannot be reached" in report.error
-    saver.close()
+    saver.close(20)
 
 
 def test_a_defect_is_not_mistaken_for_a_refusal(tmp_path):
@@ -394,4 +406,4 @@ def test_a_defect_is_not_mistaken_for_a_refusal(tmp_path):
     saver.start("step-1", str(tmp_path), {"head": {"x": "not a tensor"}}, 0)  # type: ignore[dict-item]
     with pytest.raises((TypeError, AttributeError, ValueError)):
         saver.wait(20)
-    saver.close()
+    saver.close(20)

@@ -88,6 +88,32 @@ def test_a_run_that_failed_at_its_end_is_not_finished(folder: RunFolder) -> None
     assert "resume with" in shown(render(read_status(folder.path), 0.0))
 
 
+def test_a_finished_run_that_is_started_again_is_still_finished(folder: RunFolder) -> None:
+    write_run(folder, Clock(), num_steps=20).finish(0)
+    with folder.lock():
+        again = StatusFile(folder, Clock())
+        again.start({}, make_plan())
+        assert "run demo: starting (pid" in shown(render(read_status(folder.path), 0.0))
+    again.finish(0)
+    assert "run demo: finished" in shown(render(read_status(folder.path), 0.0))
+
+
+def test_a_run_goes_on_where_the_status_before_cannot_be_read(folder: RunFolder) -> None:
+    folder.status.write_bytes(b"{")
+    write_run(folder, Clock(), num_steps=3)
+    assert "step 3/20" in shown(render(read_status(folder.path), 0.0))
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, folder: RunFolder) -> None:
+    write_run(folder, Clock(), num_steps=3)
+    other = RunFolder.open(tmp_path, "torn")
+    write_atomic(other.config, "")
+    other.status.write_bytes(b"{")
+    text = " ".join(shown(render_list(list_status(tmp_path), 0.0)).split())
+    assert "3/20" in text
+    assert "torn not readable; see: isthmus status torn" in text
+
+
 def test_status_is_written_at_most_once_a_second_but_ends_true(folder: RunFolder) -> None:
     clock = Clock()
     sink = write_run(folder, clock, num_steps=1)
