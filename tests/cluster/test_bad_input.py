@@ -104,7 +104,7 @@ def test_a_gpu_that_is_taken_is_no_free_place(tmp_path: Path, bare_address: str,
         ray.init(address=bare_address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
         ray.kill(ray.get_actor("holder"))
         ray.shutdown()
-    assert "no free place for a node actor: node-0 did not finish settings within 3 s" in said
+    assert "no free place for a node actor: node-0 did not come up within 3 s" in said
 
 
 def test_more_nodes_than_the_cluster_has_are_refused(tmp_path: Path, ray_address: str, capsys: Capture) -> None:
