@@ -251,8 +251,10 @@ class _Run:
             except CheckpointCorrupt as error:
                 # A hash showed what sizes could not.
                 self._past.bad.append(str(error))
-                self._past.ledger.set_aside(order.step)
                 self._past.find_newest(below=order.step)
+                # Only once another is found: without its manifest the last one could be taken for none, and the run
+                # for a new one.
+                self._past.ledger.set_aside(order.step)
         manifest = self._past.newest
         history = manifest.history if manifest else History()
         self._state = replace(self._state, step=order.step, generation=generation, history=history)

@@ -12,6 +12,7 @@ import ray
 import torch
 from rich.console import Console
 
+from actors.errors import CheckpointError
 from actors.node import NAMESPACE
 from orchestrator.config import RunConfig
 from orchestrator.controller import RunResult, train
@@ -113,6 +114,17 @@ def test_altered_checkpoint_is_named_and_the_one_before_used(
     assert any("step-00000005/layer-00001.safetensors" in text for text in told)
     resumed = [event for event in history_of(result).events if event.name == "resumed"]
     assert resumed[-1].step == 4
+
+
+def test_run_whose_only_checkpoint_is_altered_never_starts_over(tmp_path: Path, ray_address: str) -> None:
+    config = small_config(tmp_path, f"train.steps={STEPS}", "plan.stages=1", "checkpoints.every_steps=0")
+    stopped = drive(config, ray_address, after_steps(config, 2))
+    bad = stopped.folder / "checkpoints" / "step-00000002" / "head.safetensors"
+    bad.write_bytes(bad.read_bytes()[:-1] + b"!")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none that can be used"):
+            drive(config, ray_address)
+    assert len(history_of(stopped).steps) == 2
 
 
 def test_checkpoints_on_s3_resume_too(tmp_path: Path, reference: Trained, s3_url: str) -> None:
