@@ -20,9 +20,10 @@ demo: env
 test: env lint
 	$(BIN)/python -m pytest tests
 
-# On a machine with a CUDA device and torch; Ray is not needed.
+# On a machine with a CUDA device, torch, cuda-core and pytest; Ray and the other test packages are not needed.
 gpu:
-	$(PYTHON) -m pytest tests/gpu -m gpu
+	$(PYTHON) -m pytest --noconftest -o addopts= -rs tests/gpu
+	$(PYTHON) -m bench.gpu --check
 
 lint: env
 	$(BIN)/ruff check .

@@ -174,6 +174,7 @@ class CentralisedWorker:
             step_s=timeline.elapsed_s,
             actions=actions,
             links=links,
+            canaries=(),
             saves=(),
             peak_memory_bytes=self.engine.peak_memory_bytes(),
         )

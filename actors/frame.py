@@ -25,9 +25,9 @@ MAX_DIMS = 4
 # A header may not announce a frame beyond this, whatever the plan allows.
 MAX_FRAME_BYTES = 1 << 34
 
-# magic, version, codec, kind, dtype | flags, bits, block, dims | shape | seed, run | generation, step, microbatch |
-# source, target | chunk, num_chunks | offset, frame size | payload size, payload checksum
-_BODY = struct.Struct("<4sBBBB BBHB3x 4I QQ IQI HH II QQ II")
+# magic, version, codec, kind, dtype | flags, bits, block, dims, kept | shape | seed, run | generation, step,
+# microbatch | source, target | chunk, num_chunks | offset, frame size | payload size, payload checksum
+_BODY = struct.Struct("<4sBBBB BBHBxH 4I QQ IQI HH II QQ II")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _BODY.size + _CRC.size
 
@@ -60,10 +60,11 @@ class FrameHeader:
     num_chunks: int = 1
     payload_bytes: int = 0
     payload_crc: int = 0
-    # Of the codec: its options, block length, bits an element, and the seed of its rounding.
+    # Of the codec: its form, as `actors.codecs.protocol.CodecOptions` has it, and the seed of its rounding.
     flags: int = 0
     bits: int = 0
     block: int = 0
+    kept: int = 0
     seed: int = 0
 
     @property
@@ -74,6 +75,15 @@ class FrameHeader:
 def run_id(run: str) -> int:
     """Return the 64-bit number that stands for a run's name in its frames."""
     return int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "little")
+
+
+def rounding_seed(run: int, step: int, microbatch: int, kind: Kind, source: int) -> int:
+    """Return the 32-bit seed of one frame's stochastic rounding, from 1 on.
+
+    The same in every try of a step, whatever its generation, so that a step that is run again is the same step.
+    """
+    words = struct.pack("<QQIBH", run, step, microbatch, kind, source)
+    return max(1, int.from_bytes(hashlib.sha256(words).digest()[:4], "little"))
 
 
 def split_frame(header: FrameHeader, payload: memoryview, chunk_bytes: int) -> Iterator[bytes]:
@@ -114,6 +124,7 @@ def pack_chunk(header: FrameHeader, payload: memoryview) -> bytes:
         header.bits,
         header.block,
         len(header.shape),
+        header.kept,
         *shape,
         header.seed,
         header.run,
@@ -160,7 +171,7 @@ def parse_chunk(chunk: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
 
 def _header(body: memoryview) -> FrameHeader:
     """Return the header that these bytes hold, its fields checked against one another."""
-    (_, _, codec, kind, dtype, flags, bits, block, num_dims, *rest) = _BODY.unpack(body)
+    (_, _, codec, kind, dtype, flags, bits, block, num_dims, kept, *rest) = _BODY.unpack(body)
     shape, rest = tuple(rest[:MAX_DIMS]), rest[MAX_DIMS:]
     (
         seed,
@@ -177,8 +188,8 @@ def _header(body: memoryview) -> FrameHeader:
         size,
         crc,
     ) = rest
-    if bytes(body[13:16]) != b"\0\0\0":
-        raise _unexpected("a frame's reserved bytes are not zero")
+    if body[13]:
+        raise _unexpected("a frame's reserved byte is not zero")
     if kind not in Kind.__members__.values() or dtype not in WireDtype.__members__.values():
         raise _unexpected(f"a frame's kind {kind} or dtype {dtype} is unknown")
     if not 1 <= num_dims <= MAX_DIMS or any(shape[num_dims:]) or not all(shape[:num_dims]):
@@ -205,6 +216,7 @@ def _header(body: memoryview) -> FrameHeader:
         flags=flags,
         bits=bits,
         block=block,
+        kept=kept,
         seed=seed,
     )
 

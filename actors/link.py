@@ -19,12 +19,13 @@ from typing import Protocol
 
 import torch
 
+from actors.canary import compare
 from actors.codecs import Codec
 from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
-from actors.frame import FrameHeader, run_id, split_frame, wire_bytes
+from actors.frame import FrameHeader, rounding_seed, run_id, split_frame, wire_bytes
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
-from actors.spec import Kind, LinkCount
+from actors.spec import CanaryReading, Kind, LinkCount
 
 # How soon a chunk goes out again where the peer had no room, twice as long each time, and at most.
 _BUSY_RETRY_S = 0.02
@@ -59,6 +60,8 @@ class LinkSettings:
     window_bytes: int
     ack_s: float
     give_up_s: float
+    # Steps from one frame that is compared with its raw tensor to the next; 0: none.
+    canary_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class Link:
         self._in_flight_bytes = 0
         self._num_pushed = 0
         self._generation = 0
-        self._counts_lock = threading.Lock()
+        self._tally_lock = threading.Lock()
         self._counts: dict[Kind, list[int]] = {}
+        self._canaries: list[CanaryReading] = []
         self._is_closed = False
         # Guards the two below, which senders look at.
         self._room = threading.Condition()
@@ -137,6 +141,9 @@ class Link:
             self._num_unsettled += 1
         dtype = WIRE_DTYPES[tensor.dtype]
         frame_bytes = codec.size_bytes(tensor.numel(), tensor.dtype)
+        seed = 0
+        if codec.is_stochastic:
+            seed = rounding_seed(self._run, step, microbatch, kind, self._settings.source)
         header = FrameHeader(
             codec=codec.code,
             kind=kind,
@@ -149,6 +156,11 @@ class Link:
             source=self._settings.source,
             target=self._settings.target,
             frame_bytes=frame_bytes,
+            flags=codec.options.flags,
+            bits=codec.options.bits,
+            block=codec.options.block,
+            kept=codec.options.kept,
+            seed=seed,
         )
         wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
         self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
@@ -169,7 +181,7 @@ class Link:
 
     def drain_counts(self) -> tuple[LinkCount, ...]:
         """Return what was sent since the last call, repeats included, and start from zero."""
-        with self._counts_lock:
+        with self._tally_lock:
             counts, self._counts = self._counts, {}
         return tuple(
             LinkCount(
@@ -183,6 +195,12 @@ class Link:
             for kind, (num_frames, raw_bytes, wire) in counts.items()
         )
 
+    def drain_canaries(self) -> tuple[CanaryReading, ...]:
+        """Return the comparisons made since the last call."""
+        with self._tally_lock:
+            canaries, self._canaries = self._canaries, []
+        return tuple(canaries)
+
     def close(self) -> None:
         """Stop sending; what is queued is dropped."""
         self._is_closed = True
@@ -190,7 +208,7 @@ class Link:
         self._thread.join(timeout=self._settings.ack_s)
 
     def _count(self, kind: Kind, *, num_frames: int = 0, raw_bytes: int = 0, wire: int = 0) -> None:
-        with self._counts_lock:
+        with self._tally_lock:
             total = self._counts.setdefault(kind, [0, 0, 0])
             for index, amount in enumerate((num_frames, raw_bytes, wire)):
                 total[index] += amount
@@ -240,10 +258,34 @@ class Link:
         if message.header.generation > self._generation:
             self._generation = message.header.generation
             self._drop_all()
-        payload = self._encoder.encode(message.codec, message.tensor, message.ready)
+        payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
         chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
+        if self._is_canary(message.header):
+            self._read_canary(message, payload)
         frame = _Frame(message.header.kind, len(chunks))
         self._waiting.extend((frame, chunk) for chunk in chunks)
+
+    def _is_canary(self, header: FrameHeader) -> bool:
+        every = self._settings.canary_every
+        if header.kind is Kind.EVAL_ACTIVATION or header.microbatch:
+            return False
+        return every > 0 and header.step % every == 0
+
+    def _read_canary(self, message: _Send, payload: memoryview) -> None:
+        """Compare a frame with its raw tensor, in this thread: compute goes on."""
+        header = message.header
+        relative_error, cosine = compare(message.codec, payload, message.tensor)
+        reading = CanaryReading(
+            source_stage=header.source,
+            target_stage=header.target,
+            kind=header.kind,
+            step=header.step,
+            codec=message.codec.name,
+            relative_error=relative_error,
+            cosine=cosine,
+        )
+        with self._tally_lock:
+            self._canaries.append(reading)
 
     def _fill_window(self) -> None:
         """Push waiting chunks while the window has room; one may always be under way."""

@@ -10,21 +10,29 @@ many of one step ahead.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 
-from actors.codecs import CODECS
-from actors.errors import FrameCorrupt, FrameUnexpected, IsthmusError, PeerTimeout, StepAborted
-from actors.frame import FrameHeader, WireDtype, parse_chunk, run_id
+from actors.codecs import CODECS, Codec
+from actors.codecs.protocol import CodecOptions
+from actors.encoding import Arrival, Decoder
+from actors.errors import FrameCorrupt, FrameUnexpected, IsthmusError, NonFinite, PeerTimeout, StepAborted
+from actors.frame import FrameHeader, WireDtype, parse_chunk, rounding_seed, run_id
 from actors.settings import MIN_CHUNK_BYTES
 from actors.spec import Kind
 
 TORCH_DTYPES = {WireDtype.FLOAT32: torch.float32, WireDtype.BFLOAT16: torch.bfloat16}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+
+
+_CPU = torch.device("cpu")
+# Every number that some codec of this release has.
+_KNOWN_CODES = frozenset(codec.code for codec in CODECS.values())
 
 
 class Verdict(Enum):
@@ -66,6 +74,26 @@ class Expectation:
     def frame_bytes(self) -> int:
         return CODECS[self.codec].size_bytes(torch.Size(self.shape).numel(), TORCH_DTYPES[self.dtype])
 
+    def codec_misfit(self, header: FrameHeader) -> str:
+        """Say how a frame is not of this expectation's codec; empty where it is."""
+        codec = CODECS[self.codec]
+        theirs = (header.codec, header.frame_bytes, *_options(header), header.seed)
+        ours = (codec.code, self.frame_bytes, *_options(codec.options), _seed(codec, header))
+        names = ("codec", "frame size", "flags", "bits", "block", "kept", "seed")
+        wrong = [f"{n} {a} is not {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
+        return f"a {header.kind.name} frame came whose {', '.join(wrong)}" if wrong else ""
+
+
+def _options(form: FrameHeader | CodecOptions) -> tuple[int, ...]:
+    return form.flags, form.bits, form.block, form.kept
+
+
+def _seed(codec: Codec, header: FrameHeader) -> int:
+    """Return the seed that a frame of this codec carries."""
+    if not codec.is_stochastic:
+        return 0
+    return rounding_seed(header.run, header.step, header.microbatch, header.kind, header.source)
+
 
 # (generation, step, kind, microbatch)
 _Key = tuple[int, int, Kind, int]
@@ -97,11 +125,19 @@ class _Assembly:
 class Mailbox:
     """The frames that one stage awaits, of the current step and, where a peer is a little ahead, of the next."""
 
-    def __init__(self, run: str, stage: int, num_microbatches: int, expectations: tuple[Expectation, ...]) -> None:
+    def __init__(
+        self,
+        run: str,
+        stage: int,
+        num_microbatches: int,
+        expectations: tuple[Expectation, ...],
+        device: torch.device = _CPU,
+    ) -> None:
         self._run = run_id(run)
         self._stage = stage
         self._num_microbatches = num_microbatches
         self._expected = {expectation.kind: expectation for expectation in expectations}
+        self._decoder = Decoder(device)
         self._changed = threading.Condition()
         self._generation = 0
         self._step = -1
@@ -110,16 +146,18 @@ class Mailbox:
         self._taken: dict[Kind, int] = {}
         self._partial: dict[_Key, _Assembly] = {}
         # None while the payload is being decoded.
-        self._ready: dict[_Key, torch.Tensor | None] = {}
+        self._ready: dict[_Key, Arrival | None] = {}
 
     @property
     def generation(self) -> int:
         """The generation of the step that is open."""
         return self._generation
 
-    def open(self, generation: int, step: int) -> None:
-        """Begin a step: forget whatever belongs to earlier ones."""
+    def open(self, generation: int, step: int, codecs: Mapping[Kind, str] | None = None) -> None:
+        """Begin a step: forget whatever belongs to earlier ones; from now on frames of `codecs` come, where given."""
         with self._changed:
+            for kind, codec in (codecs or {}).items():
+                self._change_codec(kind, codec)
             if generation <= self._ended_generation:
                 raise StepAborted(f"stage {self._stage}: generation {generation} has ended")
             if (generation, step) == (self._generation, self._step):
@@ -154,8 +192,9 @@ class Mailbox:
             return Receipt(Verdict.REFUSED, str(error))
         key: _Key = (header.generation, header.step, header.kind, header.microbatch)
         with self._changed:
-            if (verdict := self._admission(key, header)) is not Verdict.ACCEPTED:
-                return Receipt(verdict)
+            receipt = self._admission(key, header)
+            if receipt.verdict is not Verdict.ACCEPTED:
+                return receipt
             assembly = self._partial.get(key)
             if assembly is None:
                 assembly = self._partial[key] = _Assembly(bytearray(header.frame_bytes), header.num_chunks)
@@ -167,7 +206,8 @@ class Mailbox:
             if not assembly.covers_payload():
                 return Receipt(Verdict.REFUSED, f"the chunks of {_name(key)} overlap")
             self._ready[key] = None
-        return self._decode(key, header, assembly.payload)
+            codec = CODECS[self._expected[header.kind].codec]
+        return self._decode(key, header, codec, assembly.payload)
 
     def take(self, kind: Kind, microbatch: int, *, timeout_s: float, monotonic: Callable[[], float]) -> torch.Tensor:
         """Return the decoded tensor of one microbatch, waiting for it at most `timeout_s`.
@@ -177,7 +217,7 @@ class Mailbox:
         with self._changed:
             key: _Key = (self._generation, self._step, kind, microbatch)
             deadline_s = monotonic() + timeout_s
-            while (tensor := self._ready.get(key)) is None:
+            while (arrival := self._ready.get(key)) is None:
                 if self._generation <= self._ended_generation:
                     raise StepAborted(f"stage {self._stage}: generation {self._generation} has ended")
                 if self._failure is not None:
@@ -192,51 +232,59 @@ class Mailbox:
                 self._changed.wait(remaining_s)
             del self._ready[key]
             self._taken[kind] = microbatch + 1
-            return tensor
+        return arrival.use()
+
+    def _change_codec(self, kind: Kind, codec: str) -> None:
+        """Take frames of this kind in another codec; what has come in part is of the one before. The lock is held."""
+        if codec != self._expected[kind].codec:
+            self._expected[kind] = replace(self._expected[kind], codec=codec)
+            self._partial = {key: assembly for key, assembly in self._partial.items() if key[2] is not kind}
 
     def _require_expected(self, header: FrameHeader) -> None:
         """Raise FrameUnexpected where the plan foresees no such frame."""
         expected = self._expected.get(header.kind)
         if expected is None:
             raise _unexpected(f"stage {self._stage} takes no {header.kind.name} frames")
-        theirs = (header.run, header.target, header.source, header.codec, header.dtype, header.shape)
-        codec = CODECS[expected.codec].code
-        ours = (self._run, self._stage, expected.source, codec, expected.dtype, expected.shape)
+        if header.codec not in _KNOWN_CODES:
+            raise _unexpected(f"a frame of codec number {header.codec} came, which this release does not know")
+        theirs = (header.run, header.target, header.source, header.dtype, header.shape)
+        ours = (self._run, self._stage, expected.source, expected.dtype, expected.shape)
         if theirs != ours:
-            names = ("run", "target", "source", "codec", "dtype", "shape")
+            names = ("run", "target", "source", "dtype", "shape")
             wrong = [f"{n} {a} is not {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
             raise _unexpected(f"a {header.kind.name} frame came whose {', '.join(wrong)}")
-        if header.flags or header.bits or header.block or header.seed:
-            raise _unexpected(f"a {header.kind.name} frame came with options that codec {expected.codec} does not have")
         # An evaluation may have more microbatches than a step; the window bounds those.
-        is_beyond = header.kind is not Kind.EVAL_ACTIVATION and header.microbatch >= self._num_microbatches
-        if header.frame_bytes != expected.frame_bytes or is_beyond:
-            raise _unexpected(
-                f"microbatch {header.microbatch} of {header.frame_bytes} bytes came; the plan has "
-                f"{self._num_microbatches} microbatches of {expected.frame_bytes} bytes"
-            )
+        if header.kind is not Kind.EVAL_ACTIVATION and header.microbatch >= self._num_microbatches:
+            raise _unexpected(f"microbatch {header.microbatch} came; the plan has {self._num_microbatches}")
         if header.num_chunks > header.frame_bytes // MIN_CHUNK_BYTES + 1:
             raise _unexpected(f"a frame of {header.frame_bytes} bytes came in {header.num_chunks} chunks")
 
-    def _admission(self, key: _Key, header: FrameHeader) -> Verdict:
+    def _admission(self, key: _Key, header: FrameHeader) -> Receipt:
         """Return whether a chunk has its place here now."""
         generation, step, kind, microbatch = key
-        if generation <= self._ended_generation or (generation, step) < (self._generation, self._step):
-            return Verdict.STALE
-        is_current = (generation, step) == (self._generation, self._step)
-        next_needed = self._taken.get(kind, 0) if is_current else 0
+        moment, current = (generation, step), (self._generation, self._step)
+        if generation <= self._ended_generation or moment < current:
+            return Receipt(Verdict.STALE)
+        expected = self._expected[kind]
+        if misfit := expected.codec_misfit(header):
+            # A step that is not open yet may begin another codec.
+            return Receipt(Verdict.REFUSED if moment == current else Verdict.BUSY, misfit)
+        next_needed = self._taken.get(kind, 0) if moment == current else 0
         if microbatch < next_needed or key in self._ready:
-            return Verdict.DUPLICATE
-        if microbatch >= next_needed + self._expected[kind].window or step > self._step + 1:
-            return Verdict.BUSY
-        if not is_current and self._moments_ahead(kind) - {(generation, step)}:
-            return Verdict.BUSY
+            return Receipt(Verdict.DUPLICATE)
+        if microbatch >= next_needed + expected.window or step > self._step + 1:
+            return Receipt(Verdict.BUSY)
+        if moment != current and self._moments_ahead(kind) - {moment}:
+            return Receipt(Verdict.BUSY)
         assembly = self._partial.get(key)
         if assembly is None:
-            return Verdict.ACCEPTED
+            return Receipt(Verdict.ACCEPTED)
         if header.chunk in assembly.parts:
-            return Verdict.DUPLICATE
-        return Verdict.ACCEPTED if header.num_chunks == assembly.num_chunks else Verdict.REFUSED
+            return Receipt(Verdict.DUPLICATE)
+        if header.num_chunks != assembly.num_chunks:
+            both = f"{assembly.num_chunks} and in {header.num_chunks} chunks"
+            return Receipt(Verdict.REFUSED, f"{_name(key)} came in {both}")
+        return Receipt(Verdict.ACCEPTED)
 
     def _moments_ahead(self, kind: Kind) -> set[tuple[int, int]]:
         """Return the (generation, step) of the frames here that are ahead of the open step; the lock is held."""
@@ -248,19 +296,23 @@ class Mailbox:
         self._partial = {key: a for key, a in self._partial.items() if key[:2] >= (generation, step)}
         self._ready = {key: t for key, t in self._ready.items() if key[:2] >= (generation, step)}
 
-    def _decode(self, key: _Key, header: FrameHeader, payload: bytearray) -> Receipt:
+    def _decode(self, key: _Key, header: FrameHeader, codec: Codec, payload: bytearray) -> Receipt:
         """Decode outside the lock, so that other chunks come in meanwhile."""
-        codec = CODECS[self._expected[header.kind].codec]
+        dtype = TORCH_DTYPES[header.dtype]
         try:
-            tensor = codec.decode(memoryview(payload), header.shape, TORCH_DTYPES[header.dtype])
+            arrival = self._decoder.decode(codec, payload, header.shape, dtype)
+        except NonFinite:
+            # The sender's values were not finite, and a codec that cannot carry them says so. The step goes on with
+            # NaN, as it would with codec none, and is skipped by whoever judges it.
+            arrival = Arrival(tensor=torch.full(header.shape, math.nan, dtype=dtype))
         except FrameCorrupt as error:
-            # Every checksum held, so it was sent like this: to repeat it would not help.
+            # Every checksum of the chunks held, so it was sent like this: to repeat it would not help.
             with self._changed:
                 self._ready.pop(key, None)
             return Receipt(Verdict.REFUSED, str(error))
         with self._changed:
             if key in self._ready:
-                self._ready[key] = tensor
+                self._ready[key] = arrival
                 self._changed.notify_all()
         return Receipt(Verdict.ACCEPTED)
 

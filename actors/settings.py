@@ -5,7 +5,8 @@ PURE. Part of a run's configuration, and of what crosses to each node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 from actors.errors import ConfigError
 
@@ -13,6 +14,7 @@ from actors.errors import ConfigError
 MIN_CHUNK_BYTES = 1024
 # Ray inlines a call's arguments up to 4 MiB; a larger chunk would go through its object store, with more round trips.
 MAX_CHUNK_BYTES = 4_000_000
+_LINK = re.compile("[0-9]{1,4}-[0-9]{1,4}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,12 @@ class WireConfig:
 
     forward: str = "bf16"
     backward: str = "bf16"
+    # Of single links: "0-1": "hq4/q8" is stage 0's forward and stage 1's backward codec.
+    links: dict[str, str] = field(default_factory=dict[str, str])
+    # Steps from one canary, a frame that its sender compares with what the receiver makes of it, to the next; 0: none.
+    canary_every: int = 50
+    # A codec whose canary has a lower cosine gives a milder one its place.
+    canary_min_cosine: float = 0.9
     # A chunk of a frame takes about this long on its link: short enough that chunks of other frames get through.
     chunk_s: float = 0.1
     min_chunk_bytes: int = 65_536
@@ -52,6 +60,17 @@ class WireConfig:
     max_window_bytes: int = 16_777_216
 
     def __post_init__(self) -> None:
+        if self.canary_every < 0 or not 0 <= self.canary_min_cosine <= 1:
+            raise ConfigError(
+                f"wire.canary_every={self.canary_every} or wire.canary_min_cosine={self.canary_min_cosine} cannot be",
+                "set wire.canary_every to 0 or more and wire.canary_min_cosine between 0 and 1",
+            )
+        for link, codecs in self.links.items():
+            if not _LINK.fullmatch(link) or codecs.count("/") != 1:
+                raise ConfigError(
+                    f"wire.links.{link}={codecs} names no link and its codecs",
+                    "write it as wire.links.0-1=hq4/q8: the two stages, then forward/backward",
+                )
         if not MIN_CHUNK_BYTES <= self.min_chunk_bytes <= self.max_chunk_bytes <= self.max_window_bytes:
             raise ConfigError(
                 "wire.min_chunk_bytes, wire.max_chunk_bytes and wire.max_window_bytes do not nest",
@@ -62,6 +81,14 @@ class WireConfig:
                 f"wire.max_chunk_bytes={self.max_chunk_bytes} does not fit in one call",
                 f"set wire.max_chunk_bytes to {MAX_CHUNK_BYTES} or less",
             )
+
+    def codecs_of(self, stage: int) -> tuple[str, str]:
+        """Return the forward and backward codec of the link from `stage` to the next."""
+        own = self.links.get(f"{stage}-{stage + 1}")
+        if own is None:
+            return self.forward, self.backward
+        forward, _, backward = own.partition("/")
+        return forward, backward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """What one stage writes and reads of a checkpoint, in a layout that does not depend on the plan.
 
-A checkpoint has one safetensors file a unit: `embedding`, `layer-00017`, `head` (the final norm and lm_head). A file
-holds each parameter under its Hugging Face name as `weight/<name>` and, once the optimizer has stepped, AdamW's state
-as `exp_avg/<name>`, `exp_avg_sq/<name>` and `step/<name>`. So any stages, however cut, read what any others wrote.
+A checkpoint has one file a unit: `embedding`, `layer-00017`, `head` (the final norm and lm_head). A file holds each
+parameter under its Hugging Face name as `weight/<name>` and, once the optimizer has stepped, AdamW's state as
+`exp_avg/<name>`, `exp_avg_sq/<name>` and `step/<name>`. So any stages, however cut, read what any others wrote. A file
+is plain `.safetensors`, or a compact `.lx` (actors/packing.py); its name says which, and either is read.
 
     snapshot -> write_units -> SavedFile ... -> read_units -> restore
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from actors.errors import CheckpointCorrupt, CheckpointError, IsthmusError, StoreError
-from actors.spec import SavedFile, SaveReport
+from actors.errors import CheckpointCorrupt, CheckpointError, FrameCorrupt, IsthmusError, StoreError
+from actors.packing import pack_unit, unpack_whole
+from actors.spec import CheckpointCodec, SavedFile, SaveOrder, SaveReport
 from actors.store import BlobMissing, BlobStore, open_store
 
 # Unit -> tensor's name in the file ("exp_avg/model.norm.weight") -> tensor.
@@ -30,6 +32,7 @@ Units = dict[str, dict[str, Tensor]]
 
 _WEIGHT = "weight"
 _STATE = ("exp_avg", "exp_avg_sq", "step")
+_SUFFIXES: dict[CheckpointCodec, str] = {"none": ".safetensors", "lx": ".lx"}
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,5})\.")
 _ENDS = {"model.embed_tokens.": "embedding", "model.norm.": "head", "lm_head.": "head"}
 
@@ -52,9 +55,24 @@ def unit_names(num_layers: int) -> tuple[str, ...]:
     return ("embedding", *map(_layer_unit, range(num_layers)), "head")
 
 
-def file_name(unit: str) -> str:
+def file_name(unit: str, codec: CheckpointCodec) -> str:
     """Return the name of a unit's file under its checkpoint."""
-    return f"{unit}.safetensors"
+    return unit + _SUFFIXES[codec]
+
+
+def unit_of_file(name: str) -> str | None:
+    """Return whose file it is, under a checkpoint; None for a name that no unit's file has."""
+    return next((name.removesuffix(suffix) for suffix in _SUFFIXES.values() if name.endswith(suffix)), None)
+
+
+def unit_limits(params: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the units of parameters, given by global name, each with the most bytes that its tensors may take."""
+    limits: dict[str, int] = {}
+    for name, param in params.items():
+        # The weight, two moments and the step; of float32, unless the parameter is wider.
+        limit = 3 * param.numel() * max(4, param.element_size()) + 4
+        limits[unit_of(name)] = limits.get(unit_of(name), 0) + limit
+    return limits
 
 
 def _layer_unit(layer: int) -> str:
@@ -82,41 +100,44 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def write_units(store: BlobStore, checkpoint: str, units: Units) -> tuple[SavedFile, ...]:
+def write_units(store: BlobStore, checkpoint: str, units: Units, codec: CheckpointCodec) -> tuple[SavedFile, ...]:
     """Write one file a unit under `checkpoint`; StoreError or DiskFull where the store refuses."""
-    files = []
+    files: list[SavedFile] = []
     for unit, tensors in units.items():
-        data = safetensors.torch.save(tensors)
-        saved = SavedFile(name=file_name(unit), size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        data = pack_unit(tensors) if codec == "lx" else safetensors.torch.save(tensors)
+        saved = SavedFile(name=file_name(unit, codec), size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         store.put(f"{checkpoint}/{saved.name}", data)
         files.append(saved)
     return tuple(files)
 
 
-def read_units(store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], units: Iterable[str]) -> Units:
+def read_units(store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], limits: Mapping[str, int]) -> Units:
     """Return the tensors of some units, as `snapshot` made them.
 
-    `files` maps a file's name to what the manifest says of it. Size and hash are checked before a byte is parsed;
-    CheckpointCorrupt names the file that is missing, torn or altered.
+    `files` maps a file's name to what the manifest says of it, `limits` a unit to the most bytes its tensors may take
+    once they are decompressed (`unit_limits`). Size and hash are checked before a byte is parsed; CheckpointCorrupt
+    names the file that is missing, torn or altered.
     """
-    return {unit: _read_unit(store, checkpoint, files, unit) for unit in units}
+    return {unit: _read_unit(store, checkpoint, files, unit, limit) for unit, limit in limits.items()}
 
 
 def read_weights(
-    store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], units: Iterable[str]
+    store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], limits: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Return the weights alone of some units, by global name, checked as `read_units` does."""
     return {
         name.removeprefix(f"{_WEIGHT}/"): tensor
-        for unit in units
-        for name, tensor in _read_unit(store, checkpoint, files, unit).items()
+        for tensors in read_units(store, checkpoint, files, limits).values()
+        for name, tensor in tensors.items()
         if name.startswith(f"{_WEIGHT}/")
     }
 
 
-def _read_unit(store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], unit: str) -> dict[str, Tensor]:
-    name = file_name(unit)
-    key = f"{checkpoint}/{name}"
+def _read_unit(
+    store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile], unit: str, max_bytes: int
+) -> dict[str, Tensor]:
+    saved = next((files[name] for codec in _SUFFIXES if (name := file_name(unit, codec)) in files), None)
+    key = f"{checkpoint}/{saved.name if saved else unit}"
 
     def corrupt(why: str) -> CheckpointCorrupt:
         return CheckpointCorrupt(
@@ -124,7 +145,6 @@ def _read_unit(store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile]
             "resume from the checkpoint before it, and check the disk or bucket that holds it",
         )
 
-    saved = files.get(name)
     if saved is None:
         raise corrupt("is not in its checkpoint's manifest")
     # The size first: what is larger than the manifest says is not even read.
@@ -139,6 +159,11 @@ def _read_unit(store: BlobStore, checkpoint: str, files: Mapping[str, SavedFile]
         raise corrupt("is missing") from error
     if hashlib.sha256(data).hexdigest() != saved.sha256:
         raise corrupt("is not what was written: its SHA-256 differs")
+    if saved.name == file_name(unit, "lx"):
+        try:
+            return unpack_whole(data, max_bytes)
+        except FrameCorrupt as error:
+            raise corrupt(f"is no compact file that this model can hold: {error.message}") from error
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -208,14 +233,14 @@ def _shortened(misfits: list[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Save:
-    checkpoint: str
-    store_url: str
+    order: SaveOrder
     units: Units
     stage: int
 
     def dropped(self, why: str) -> SaveReport:
-        error = f"stage {self.stage} dropped {self.checkpoint}: {why}"
-        return SaveReport(stage=self.stage, checkpoint=self.checkpoint, files=(), seconds=0.0, error=error)
+        checkpoint = self.order.checkpoint
+        error = f"stage {self.stage} dropped {checkpoint}: {why}"
+        return SaveReport(stage=self.stage, checkpoint=checkpoint, files=(), seconds=0.0, error=error)
 
 
 class AsyncSaver:
@@ -239,11 +264,11 @@ class AsyncSaver:
         self._waiting: _Save | None = None
         self._reports: list[SaveReport] = []
 
-    def start(self, checkpoint: str, store_url: str, units: Units, stage: int) -> None:
-        """Write the units of one stage under `checkpoint` in the store at `store_url`; returns at once."""
+    def start(self, order: SaveOrder, units: Units, stage: int) -> None:
+        """Write the units of one stage as ordered; returns at once."""
         self._collect()
-        self._drop_waiting(f"{checkpoint} was due before its turn came; save less often, or to a faster store")
-        self._waiting = _Save(checkpoint=checkpoint, store_url=store_url, units=units, stage=stage)
+        self._drop_waiting(f"{order.checkpoint} was due before its turn came; save less often, or to a faster store")
+        self._waiting = _Save(order=order, units=units, stage=stage)
         self._collect()
 
     def finished(self) -> tuple[SaveReport, ...]:
@@ -259,7 +284,8 @@ class AsyncSaver:
             save, future = self._running
             if not wait([future], timeout=max(0.0, deadline - self._clock())).done:
                 raise StoreError(
-                    f"stage {save.stage} did not finish {save.checkpoint} in {save.store_url} within {timeout_s:g} s",
+                    f"stage {save.stage} did not finish {save.order.checkpoint} in {save.order.store_url} "
+                    f"within {timeout_s:g} s",
                     "check the link to the store, or raise timeouts.transfer_s",
                 )
             self._collect()
@@ -288,15 +314,16 @@ class AsyncSaver:
 
     def _write(self, save: _Save) -> SaveReport:
         started_s = self._clock()
+        order = save.order
         files: tuple[SavedFile, ...] = ()
         error = ""
         try:
-            files = write_units(self._open_url(save.store_url), save.checkpoint, save.units)
+            files = write_units(self._open_url(order.store_url), order.checkpoint, save.units, order.codec)
         except IsthmusError as refusal:
-            error = f"stage {save.stage} could not save {save.checkpoint}: {refusal}"
+            error = f"stage {save.stage} could not save {order.checkpoint}: {refusal}"
         return SaveReport(
             stage=save.stage,
-            checkpoint=save.checkpoint,
+            checkpoint=order.checkpoint,
             files=files,
             seconds=self._clock() - started_s,
             error=error,

@@ -121,12 +121,23 @@ class LinkPlan:
     target_stage: int
     forward_codec: str
     backward_codec: str
+    # One microbatch's boundary tensor: its elements, and its bytes before the codec.
+    frame_elements: int
+    raw_frame_bytes: int
     frame_bytes_forward: int
     frame_bytes_backward: int
     delay_s: float
     rate_mbps: float
     chunk_bytes: int
     window_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCodecs:
+    """What frames of one link, from a stage to the next and back, are encoded with."""
+
+    forward: str
+    backward: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,11 @@ class Plan:
     dollars_per_mtoken: float
     # What sets the step time: "stage 2 (node-1)" or "link 0 -> 1".
     binds: str
+
+    @property
+    def link_codecs(self) -> tuple[LinkCodecs, ...]:
+        """What each link carries, in order."""
+        return tuple(LinkCodecs(forward=link.forward_codec, backward=link.backward_codec) for link in self.links)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +180,8 @@ class Assignment:
     data_sha256: str
     seed: int
     activation_checkpointing: bool
+    # Steps from one frame that is compared with its raw tensor to the next; 0: none.
+    canary_every: int
 
     @property
     def num_stages(self) -> int:
@@ -190,6 +208,10 @@ class Commit:
     lr: float
     clip_scale: float
     skip: bool = False
+
+
+# How a checkpoint's files are written: `none` is safetensors, which everyone reads; `lx` is smaller, without loss.
+CheckpointCodec = Literal["none", "lx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +248,7 @@ class SaveOrder:
 
     store_url: str
     checkpoint: str
+    codec: CheckpointCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +269,8 @@ class StepOrder:
     # None where there is nothing to commit: the first step after a start or a resume.
     commit: Commit | None
     save: SaveOrder | None = None
+    # Of each link, in order, from this step on; None: as before.
+    codecs: tuple[LinkCodecs, ...] | None = None
     # False: commit and save only; the run ends or pauses here.
     run_step: bool = True
 
@@ -285,6 +310,20 @@ class LinkCount:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanaryReading:
+    """One frame compared, by its sender, with what the receiver makes of it."""
+
+    source_stage: int
+    target_stage: int
+    kind: Kind
+    step: int
+    codec: str
+    # L2 norm of the difference over that of the raw tensor; both NaN where that was not finite.
+    relative_error: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaveReport:
     """What one stage wrote of one checkpoint, or why it could not."""
 
@@ -317,6 +356,7 @@ class StepReport:
     step_s: float
     actions: tuple[ActionTime, ...]
     links: tuple[LinkCount, ...]
+    canaries: tuple[CanaryReading, ...]
     saves: tuple[SaveReport, ...]
     # Of the device, since the step began; on CPU the process's resident peak.
     peak_memory_bytes: int

@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from actors.codecs import codec_for
+from actors.codecs import Codec, codec_for
 from actors.data import Microbatch, TokenSource
 from actors.engine import StageEngine
 from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
+from actors.kernels.dispatch import kernels_for
 from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
 from actors.model.decoder import DecoderStage
@@ -25,12 +27,13 @@ from actors.model.huggingface import load_weights
 from actors.model.init import initialise
 from actors.pipeline import EVAL_WINDOW, Moment, Outlet, Ports, Timeline, run_evaluation, run_step, total_s
 from actors.schedule import num_in_flight, stage_actions
-from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_of
+from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_limits
 from actors.spec import (
     Assignment,
     EvalOrder,
     EvalReport,
     Kind,
+    LinkCodecs,
     LinkPlan,
     LoadOrder,
     SaveReport,
@@ -65,10 +68,16 @@ class Stage:
         self._actions = stage_actions(
             assignment.plan.schedule, assignment.stage, assignment.num_stages, assignment.batch.num_microbatches
         )
+        # What each link carries now; a step's order may change it.
+        self._codecs = assignment.plan.link_codecs
         self._train = self._source("train")
         self._held_out = self._source("val")
         self._mailbox = Mailbox(
-            assignment.run, assignment.stage, assignment.batch.num_microbatches, self._expectations()
+            assignment.run,
+            assignment.stage,
+            assignment.batch.num_microbatches,
+            self._expectations(),
+            self._engine.device,
         )
         # Whoever still works for a placement before this one gets no hearing.
         self._mailbox.abort(assignment.generation - 1)
@@ -78,6 +87,8 @@ class Stage:
             to_next=None if assignment.is_last else self._outlet(assignment.stage + 1, carrier_to),
             frame_s=assignment.timeouts.frame_s,
         )
+        # Compiled, where no run on this machine has done so, before the first frame waits for it.
+        kernels_for(self._engine.device)
         self._saver = AsyncSaver()
         # What was last asked and answered, so that the same order gets the same report.
         self._last_step: tuple[StepOrder, StepReport] | None = None
@@ -97,8 +108,8 @@ class Stage:
         model, assignment = self._engine.model, self._assignment
         if order.checkpoint is not None:
             files = {file.name: file for file in order.checkpoint.files}
-            units = {unit_of(name) for name in self._engine.params}
-            tensors = read_units(open_store(order.checkpoint.store_url), order.checkpoint.checkpoint, files, units)
+            limits = unit_limits(self._engine.params)
+            tensors = read_units(open_store(order.checkpoint.store_url), order.checkpoint.checkpoint, files, limits)
             restore(self._engine.params, self._engine.optimizer, tensors)
         elif assignment.model.init_from is not None:
             load_weights(model, Path(assignment.model.init_from))
@@ -120,12 +131,19 @@ class Stage:
     def _step(self, order: StepOrder) -> StepReport:
         timeline = Timeline(time.monotonic, self._engine.device)
         self._forget_heard_saves(order)
+        if order.codecs is not None:
+            self._codecs = order.codecs
+            self._ports = replace(
+                self._ports,
+                to_previous=self._with_codec(self._ports.to_previous, self._assignment.stage - 1),
+                to_next=self._with_codec(self._ports.to_next, self._assignment.stage + 1),
+            )
         if order.commit is not None:
             with timeline.record("C"):
                 self._engine.commit(order.commit)
         if order.save is not None:
             units = snapshot(self._engine.params, self._engine.optimizer)
-            self._saver.start(order.save.checkpoint, order.save.store_url, units, self._assignment.stage)
+            self._saver.start(order.save, units, self._assignment.stage)
         if order.run_step:
             self._run(order, timeline)
         return self._report(order, timeline)
@@ -142,7 +160,7 @@ class Stage:
 
     def _evaluate(self, order: EvalOrder) -> EvalReport:
         moment = Moment(generation=order.generation, step=order.step)
-        self._mailbox.open(order.generation, order.step)
+        self._mailbox.open(order.generation, order.step, self._incoming())
         read = self._read_from(self._held_out)
         timeline = Timeline(time.monotonic, self._engine.device)
         loss_sum, num_targets = run_evaluation(
@@ -179,7 +197,7 @@ class Stage:
 
     def _run(self, order: StepOrder, timeline: Timeline) -> None:
         moment = Moment(generation=order.generation, step=order.step)
-        self._mailbox.open(order.generation, order.step)
+        self._mailbox.open(order.generation, order.step, self._incoming())
         targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
         self._engine.begin(order.step, targets)
         run_step(self._engine, self._ports, self._actions, self._read_from(self._train), moment, timeline)
@@ -228,6 +246,7 @@ class Stage:
             step_s=timeline.elapsed_s,
             actions=actions,
             links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),
+            canaries=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_canaries()),
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
         )
@@ -272,7 +291,10 @@ class Stage:
         dtype = WIRE_DTYPES[self._engine.boundary_dtype]
         expected: list[Expectation] = []
 
-        def expect(kind: Kind, source: int, codec: str, window: int) -> None:
+        incoming = self._incoming()
+
+        def expect(kind: Kind, source: int, window: int) -> None:
+            codec = incoming[kind]
             expected.append(Expectation(kind=kind, source=source, codec=codec, dtype=dtype, shape=shape, window=window))
 
         def in_flight(stage: int) -> int:
@@ -280,12 +302,10 @@ class Stage:
 
         if not assignment.is_first:
             before = assignment.stage - 1
-            codec = self._link_plan(before).forward_codec
-            expect(Kind.ACTIVATION, before, codec, in_flight(before))
-            expect(Kind.EVAL_ACTIVATION, before, codec, EVAL_WINDOW)
+            expect(Kind.ACTIVATION, before, in_flight(before))
+            expect(Kind.EVAL_ACTIVATION, before, EVAL_WINDOW)
         if not assignment.is_last:
-            after = assignment.stage + 1
-            expect(Kind.GRADIENT, after, self._link_plan(after).backward_codec, in_flight(assignment.stage))
+            expect(Kind.GRADIENT, assignment.stage + 1, in_flight(assignment.stage))
         return tuple(expected)
 
     def _outlet(self, neighbour: int, carrier_to: Callable[[int], Carrier]) -> Outlet:
@@ -298,9 +318,31 @@ class Stage:
             window_bytes=plan.window_bytes,
             ack_s=assignment.timeouts.ack_s,
             give_up_s=assignment.timeouts.frame_s,
+            canary_every=assignment.canary_every,
         )
-        if neighbour > assignment.stage:
-            codec = codec_for(plan.forward_codec, TensorRole.ACTIVATION, "wire.forward")
-        else:
-            codec = codec_for(plan.backward_codec, TensorRole.GRADIENT, "wire.backward")
-        return Outlet(link=Link(settings, carrier_to(neighbour), self._mailbox.fail), codec=codec)
+        link = Link(settings, carrier_to(neighbour), self._mailbox.fail)
+        return Outlet(link=link, codec=self._outgoing(neighbour))
+
+    def _with_codec(self, outlet: Outlet | None, neighbour: int) -> Outlet | None:
+        return None if outlet is None else replace(outlet, codec=self._outgoing(neighbour))
+
+    def _link_codecs(self, neighbour: int) -> LinkCodecs:
+        return self._codecs[min(neighbour, self._assignment.stage)]
+
+    def _outgoing(self, neighbour: int) -> Codec:
+        """Return what frames to a neighbour are encoded with: activations go forward, gradients back."""
+        codecs = self._link_codecs(neighbour)
+        if neighbour > self._assignment.stage:
+            return codec_for(codecs.forward, TensorRole.ACTIVATION, "wire.forward")
+        return codec_for(codecs.backward, TensorRole.GRADIENT, "wire.backward")
+
+    def _incoming(self) -> dict[Kind, str]:
+        """Return what frames of each kind that comes here are encoded with."""
+        stage = self._assignment.stage
+        incoming: dict[Kind, str] = {}
+        if not self._assignment.is_first:
+            forward = self._link_codecs(stage - 1).forward
+            incoming |= {Kind.ACTIVATION: forward, Kind.EVAL_ACTIVATION: forward}
+        if not self._assignment.is_last:
+            incoming[Kind.GRADIENT] = self._link_codecs(stage + 1).backward
+        return incoming

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,11 +16,16 @@ RESULTS = Path(__file__).parent / "results"
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """Return the arguments that every bench takes."""
+    return bench_parser(description).parse_args()
+
+
+def bench_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of these arguments, for a bench that takes some of its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="five minutes at most, fewer rounds")
     parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
     parser.add_argument("--out", type=Path, help="where the JSON goes instead of bench/results")
-    return parser.parse_args()
+    return parser
 
 
 def save(name: str, arguments: argparse.Namespace, measured: Mapping[str, object]) -> Path:
@@ -43,9 +48,17 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "ray": version("ray"),
+        "torch": _version("torch"),
+        "ray": _version("ray"),
     }
+
+
+def _version(package: str) -> str | None:
+    """Return None where it is not installed, as Ray on a machine for kernels alone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

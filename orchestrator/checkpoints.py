@@ -18,8 +18,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from actors.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, ConfigError
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec
-from actors.shards import file_name, unit_names
-from actors.spec import SavedFile, SaveReport
+from actors.shards import unit_names, unit_of_file
+from actors.spec import CheckpointCodec, SavedFile, SaveReport
 from actors.store import BlobMissing, BlobStore
 from orchestrator.lifecycle import History
 
@@ -47,6 +47,8 @@ class CheckpointConfig:
     every_steps: int = 100
     # The newest whole checkpoints that stay.
     keep: int = 3
+    # lx writes smaller files without loss, which only Isthmus reads; none writes safetensors.
+    codec: CheckpointCodec = "none"
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -105,9 +107,9 @@ class Manifest:
         if not all(_SHA256.fullmatch(sha256) for sha256 in hashes):
             raise _corrupt("holds a hash that is not SHA-256")
         # The number first: a hostile number of layers must not be counted out.
-        names = sorted(file.name for file in self.files)
-        if len(names) != self.model.num_layers + 2 or names != sorted(map(file_name, unit_names(len(names) - 2))):
-            raise _corrupt(f"names {len(names)} files that are not those of a model of {self.model.num_layers} layers")
+        units = [unit_of_file(file.name) or "" for file in self.files]
+        if len(units) != self.model.num_layers + 2 or sorted(units) != sorted(unit_names(len(units) - 2)):
+            raise _corrupt(f"names {len(units)} files that are not those of a model of {self.model.num_layers} layers")
 
     @property
     def checkpoint(self) -> str:

@@ -117,6 +117,10 @@ class RunConfig:
             )
         codec_for(self.wire.forward, TensorRole.ACTIVATION, "wire.forward")
         codec_for(self.wire.backward, TensorRole.GRADIENT, "wire.backward")
+        for link, codecs in self.wire.links.items():
+            forward, _, backward = codecs.partition("/")
+            codec_for(forward, TensorRole.ACTIVATION, f"the first of wire.links.{link}")
+            codec_for(backward, TensorRole.GRADIENT, f"the second of wire.links.{link}")
 
     @property
     def yaml(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -13,9 +13,13 @@ from rich.text import Text
 
 from actors.spec import Plan
 from orchestrator.events import is_due
-from orchestrator.records import EvalRecord, EventRecord, StepRecord
+from orchestrator.records import EvalRecord, EventRecord, LinkRecord, StepRecord
 
-_BAD_NEWS = frozenset({"failed", "node_lost", "save_failed", "retried", "skipped", "warned", "checkpoint_bad"})
+_BAD_NEWS = frozenset(
+    {"failed", "node_lost", "save_failed", "retried", "skipped", "warned", "checkpoint_bad", "stepped_down"}
+)
+# A line has room for so many.
+_MAX_LINKS_SHOWN = 4
 
 
 def duration_text(seconds: float) -> str:
@@ -27,6 +31,27 @@ def wire_text(raw_bytes: int, wire_bytes: int) -> str:
     """Return what links carried of what was to be sent: "12.3 MB of 24.6 MB (2.0x saved)"."""
     saved = f" ({raw_bytes / wire_bytes:.1f}x saved)" if wire_bytes else ""
     return f"{decimal(wire_bytes)} of {decimal(raw_bytes)}{saved}"
+
+
+def links_text(links: Sequence[LinkRecord]) -> str:
+    """Return what each link carried, both ways, wire of raw: "MB 0-1 1.1/8.4, 1-2 1.1/8.4"; the heaviest of many."""
+    totals: dict[tuple[int, int], tuple[int, int]] = {}
+    for link in links:
+        ends = min(link.source_stage, link.target_stage), max(link.source_stage, link.target_stage)
+        wire_bytes, raw_bytes = totals.get(ends, (0, 0))
+        totals[ends] = wire_bytes + link.wire_bytes, raw_bytes + link.raw_bytes
+    heaviest = sorted(totals, key=lambda ends: -totals[ends][0])[:_MAX_LINKS_SHOWN]
+    shown = [f"{a}-{b} {totals[a, b][0] / 1e6:.1f}/{totals[a, b][1] / 1e6:.1f}" for a, b in sorted(heaviest)]
+    return f"MB {', '.join(shown)}"
+
+
+def canary_text(links: Sequence[LinkRecord]) -> str:
+    """Return the worst canary of a step: "canary 0>1 hq4 cosine 0.9931"; empty where none was read."""
+    read = [link for link in links if link.cosine is not None]
+    if not read:
+        return ""
+    worst = min(read, key=lambda link: link.cosine if link.cosine is not None else 1.0)
+    return f"canary {worst.source_stage}>{worst.target_stage} {worst.codec} cosine {worst.cosine:.4f}"
 
 
 def stage_text(stage: int, plan: Plan | None) -> str:
@@ -48,6 +73,9 @@ def step_line(record: StepRecord, plan: Plan | None) -> str:
         fields.append(f"slowest {stage_text(slowest.stage, plan)} idle {slowest.idle_share:4.0%}")
     if record.links:
         fields.append(f"wire {wire_text(record.raw_bytes, record.wire_bytes)}")
+        fields.append(links_text(record.links))
+    if canary := canary_text(record.links):
+        fields.append(canary)
     return "  ".join(fields)
 
 

@@ -36,6 +36,7 @@ from actors.spec import (
     StepReport,
 )
 from actors.store import check_store, open_store
+from orchestrator.canary import judge, readings_of, with_step_downs
 from orchestrator.checkpoints import CheckpointLedger, Manifest
 from orchestrator.config import RunConfig
 from orchestrator.events import encode
@@ -50,6 +51,7 @@ from orchestrator.lifecycle import (
     Stop,
     on_checkpoint,
     on_step_done,
+    on_step_downs,
     on_step_failed,
     summarise,
 )
@@ -114,7 +116,8 @@ class _Run:
         self.tracker: Tracker = open_tracker(
             config.tracking, folder, run_id=self._wandb_id, console=console, clock=time.time
         )
-        self._saving = Saving(past.ledger, config.checkpoints.keep, self._tell)
+        checkpoints = config.checkpoints
+        self._saving = Saving(past.ledger, checkpoints.keep, checkpoints.codec, self._tell)
         self._state = RunState(step=0, generation=0)
         self._progress = Progress(num_steps=config.train.steps)
         self._commit: Commit | None = None
@@ -125,10 +128,8 @@ class _Run:
     def start(self) -> None:
         """Plan, place the stages, and give them their weights."""
         require_shared_store(self._past.ledger.store, self._crew, self._config.timeouts.place_s)
-        fleet, plan = plan_fleet(self._config, self._crew)
-        save_plan(self._folder, plan, fleet)
-        self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
-        self.tracker.start(encode(self._config), plan)
+        self._plan()
+        self.tracker.start(encode(self._config), self._stages.plan)
         self._place()
 
     def steps(self, interrupted: Callable[[], bool]) -> RunResult:
@@ -194,6 +195,7 @@ class _Run:
             step=step,
             commit=self._commit,
             save=self._save_order() if is_due else None,
+            codecs=self._stages.plan.link_codecs,
         )
         began_s = time.monotonic()
         reports = self._stages.run(order)
@@ -213,6 +215,20 @@ class _Run:
         if decision.skip_reason:
             self._tell(step, "skipped", decision.skip_reason)
         self._track(reports, outcome, decision)
+        self._judge_codecs(reports, step)
+
+    def _judge_codecs(self, reports: tuple[StepReport, ...], step: int) -> None:
+        """Replace, from the next step on, the codecs whose canaries are bad."""
+        plan = self._stages.plan
+        verdicts = judge(readings_of(reports), plan, self._config.wire.canary_min_cosine)
+        if not verdicts:
+            return
+        step_downs = tuple(step_down for step_down, _ in verdicts)
+        self._state = on_step_downs(self._state, step_downs)
+        self._stages = replace(self._stages, plan=with_step_downs(plan, step_downs))
+        save_plan(self._folder, self._stages.plan, self._fleet)
+        for _, reason in verdicts:
+            self._tell(step, "stepped_down", reason)
 
     def _recover(self, error: IsthmusError) -> None:
         """Do what lifecycle says after a step that did not end well."""
@@ -232,11 +248,17 @@ class _Run:
         """Place the stages anew on the nodes that live, and roll all of them back to the newest checkpoint."""
         self._saving.forget()
         self._crew.revive()
-        fleet, plan = plan_fleet(self._config, self._crew)
-        save_plan(self._folder, plan, fleet)
-        self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
         self._past.find_newest()
+        self._plan()
         self._place()
+
+    def _plan(self) -> None:
+        """Measure the fleet and plan for it; a codec that did a link harm before the newest checkpoint stays away."""
+        self._fleet, plan = plan_fleet(self._config, self._crew)
+        history = self._past.newest.history if self._past.newest else History()
+        plan = with_step_downs(plan, history.step_downs)
+        save_plan(self._folder, plan, self._fleet)
+        self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
 
     def _place(self) -> None:
         """Assign and load the stages: from the newest checkpoint that proves whole, else from the start."""
@@ -286,6 +308,7 @@ class _Run:
             step=self._state.step,
             commit=self._commit,
             save=save,
+            codecs=self._stages.plan.link_codecs,
             run_step=False,
         )
         reports = self._stages.run(order)

@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,13 +38,18 @@ _END_S = 5.0
 
 # A call of this size rides inlined where Ray's settings hold.
 _CALL_BYTES = 200_000
+# How much is encoded to see how fast codecs are.
+_CODEC_ELEMENTS, _CODEC_ROUNDS = 1 << 20, 8
 
 Check = Callable[..., tuple[Finding, ...]]
 
 
 def examine(*, address: str | None, store_url: str | None, data_path: str | None) -> tuple[Finding, ...]:
     """Check this machine, and the cluster, store and prepared data that are named; takes less than a minute."""
-    trials: list[tuple[str, Check, tuple[str, ...]]] = [("Ray on this machine", try_ray, ())]
+    trials: list[tuple[str, Check, tuple[str, ...]]] = [
+        ("Ray on this machine", try_ray, ()),
+        ("codecs", try_codecs, ()),
+    ]
     if address is not None:
         trials.append(("cluster", try_cluster, (address,)))
     if store_url is not None:
@@ -186,6 +192,36 @@ def try_ray() -> tuple[Finding, ...]:
         return (Finding(name=name, passed=False, found=first_line(error), remedy=remedy),)
     found = f"an actor after {ready_s:.1f} s, a call of {_CALL_BYTES // 1000} kB in {call_s * 1e3:.1f} ms"
     return (Finding(name=name, passed=True, found=found),)
+
+
+def try_codecs() -> tuple[Finding, ...]:
+    """Do the codecs' kernels build here, and does each make the bytes that the specification says?"""
+    import torch
+
+    from actors.codecs.blocks import HQ4
+    from actors.kernels import reference
+    from actors.kernels.dispatch import host_kernels, kernels_for
+
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        host_kernels()
+    sample_N = torch.randn(_CODEC_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    expected_N = reference.encode_blocks(sample_N, HQ4.form, 0)
+    findings: list[Finding] = []
+    for device in devices:
+        kernels = kernels_for(device)
+        on_device_N = sample_N.to(device)
+        is_right = torch.equal(kernels.encode_blocks(on_device_N, HQ4.form, 0).cpu(), expected_N)
+        began_s = time.monotonic()
+        for _ in range(_CODEC_ROUNDS):
+            kernels.encode_blocks(on_device_N, HQ4.form, 0).cpu()
+        rate = _CODEC_ROUNDS * _CODEC_ELEMENTS * 4 / (time.monotonic() - began_s) / 1e9
+        found = f"{kernels.name}, hq4 at {rate:.1f} GB/s of float32" if is_right else f"{kernels.name}: other bytes"
+        slow = "install g++ and start again: codecs run in plain torch" if caught and device.type == "cpu" else ""
+        remedy = slow if is_right else "report this; until then set wire.forward=bf16 and wire.backward=bf16"
+        findings.append(Finding(name=f"codecs on {device.type}", passed=is_right, found=found, remedy=remedy))
+    return tuple(findings)
 
 
 def try_cluster(address: str) -> tuple[Finding, ...]:

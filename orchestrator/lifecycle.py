@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from actors.errors import ConfigError, DiskFull, IsthmusError, NonFinite, OutOfDeviceMemory
 from actors.optim import OptimConfig, lr_at
 from actors.spec import Commit, StepReport
+from orchestrator.canary import StepDown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class History:
     recent_norms: tuple[float, ...] = ()
     num_skipped: int = 0
     skips_in_a_row: int = 0
+    # Codecs that canaries replaced.
+    step_downs: tuple[StepDown, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,12 @@ def on_step_failed(state: RunState, event: StepFailed, guard: GuardConfig) -> tu
 def on_checkpoint(state: RunState) -> RunState:
     """Return the state once a new checkpoint is whole: what was rebuilt before it has paid off."""
     return replace(state, rebuilds=0)
+
+
+def on_step_downs(state: RunState, step_downs: tuple[StepDown, ...]) -> RunState:
+    """Return the state in which links have milder codecs, so that a resumed run has them too."""
+    history = replace(state.history, step_downs=(*state.history.step_downs, *step_downs))
+    return replace(state, history=history)
 
 
 def _skip_reason(history: History, outcome: StepOutcome, guard: GuardConfig) -> str:

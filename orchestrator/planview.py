@@ -7,7 +7,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from actors.spec import Fleet, Plan
+from actors.frame import wire_bytes
+from actors.spec import Fleet, LinkPlan, Plan
 
 
 def render_plan(plan: Plan, fleet: Fleet) -> RenderableType:
@@ -26,12 +27,15 @@ def render_plan(plan: Plan, fleet: Fleet) -> RenderableType:
             decimal(stage.memory_bytes),
             decimal(stage.memory_limit_bytes),
         )
-    links = Table("link", "codec fwd/bwd", "frame fwd/bwd", "rate", "delay", "chunk", "window", box=None)
+    links = Table(
+        "link", "codec fwd/bwd", "raw frame", "on the wire fwd/bwd", "rate", "delay", "chunk", "window", box=None
+    )
     for link in plan.links:
         links.add_row(
             f"{link.source_stage} -> {link.target_stage}",
             f"{link.forward_codec} / {link.backward_codec}",
-            f"{decimal(link.frame_bytes_forward)} / {decimal(link.frame_bytes_backward)}",
+            decimal(link.raw_frame_bytes),
+            f"{_wire_text(link, link.frame_bytes_forward)} / {_wire_text(link, link.frame_bytes_backward)}",
             f"{link.rate_mbps:,.0f} Mbit/s",
             f"{link.delay_s * 1e3:.1f} ms",
             decimal(link.chunk_bytes),
@@ -46,3 +50,9 @@ def render_plan(plan: Plan, fleet: Fleet) -> RenderableType:
     ]
     tables = [stages, links] if plan.links else [stages]
     return Group(*tables, Text("\n".join(lines)))
+
+
+def _wire_text(link: LinkPlan, frame_bytes: int) -> str:
+    """Return what a frame takes on its link, headers included, and how much less than raw: "68 kB (7.7x)"."""
+    size = wire_bytes(frame_bytes, link.chunk_bytes)
+    return f"{decimal(size)} ({link.raw_frame_bytes / size:.1f}x)"

@@ -34,6 +34,10 @@ class LinkRecord:
     num_frames: int
     raw_bytes: int
     wire_bytes: int
+    # Where a canary was read in this step: its codec, and how far decoded was from raw.
+    codec: str | None = None
+    relative_error: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,8 @@ class EventRecord:
     """Anything else worth a line: started, resumed, checkpoint saved or failed, retry, stop; with its remedy if any."""
 
     step: int
-    # One word: started, resumed, saved, save_failed, checkpoint_bad, retried, node_lost, skipped, warned, stopped,
-    # finished, failed.
+    # One word: started, resumed, saved, save_failed, checkpoint_bad, retried, node_lost, skipped, stepped_down, warned,
+    # stopped, finished, failed.
     name: str
     text: str
 
@@ -117,7 +121,20 @@ def link_records(reports: Sequence[StepReport]) -> tuple[LinkRecord, ...]:
             total[0] += link.num_frames
             total[1] += link.raw_bytes
             total[2] += link.wire_bytes
-    return tuple(
-        LinkRecord(source_stage=a, target_stage=b, num_frames=n, raw_bytes=raw, wire_bytes=wire)
-        for (a, b), (n, raw, wire) in sorted(totals.items())
-    )
+    canaries = {(c.source_stage, c.target_stage): c for report in reports for c in report.canaries}
+    records: list[LinkRecord] = []
+    for pair, (num_frames, raw_bytes, wire_bytes) in sorted(totals.items()):
+        canary = canaries.get(pair)
+        records.append(
+            LinkRecord(
+                source_stage=pair[0],
+                target_stage=pair[1],
+                num_frames=num_frames,
+                raw_bytes=raw_bytes,
+                wire_bytes=wire_bytes,
+                codec=canary.codec if canary else None,
+                relative_error=canary.relative_error if canary else None,
+                cosine=canary.cosine if canary else None,
+            )
+        )
+    return tuple(records)

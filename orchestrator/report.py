@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -126,21 +126,20 @@ def summary_text(run: Path, baseline: Path | None) -> str:
 
 
 def link_totals(steps: Iterable[StepRecord]) -> tuple[LinkRecord, ...]:
-    """Return what each link carried over all of `steps`."""
+    """Return what each link carried over all of `steps`, with its last canary."""
     sums: dict[tuple[int, int], LinkRecord] = {}
     for link in (link for step in steps for link in step.links):
         key = link.source_stage, link.target_stage
         before = sums.get(key)
-        sums[key] = (
-            link
-            if before is None
-            else LinkRecord(
-                source_stage=link.source_stage,
-                target_stage=link.target_stage,
-                num_frames=before.num_frames + link.num_frames,
-                raw_bytes=before.raw_bytes + link.raw_bytes,
-                wire_bytes=before.wire_bytes + link.wire_bytes,
-            )
+        if before is None:
+            sums[key] = link
+            continue
+        last_canary = link if link.cosine is not None else before
+        sums[key] = replace(
+            last_canary,
+            num_frames=before.num_frames + link.num_frames,
+            raw_bytes=before.raw_bytes + link.raw_bytes,
+            wire_bytes=before.wire_bytes + link.wire_bytes,
         )
     return tuple(sums[key] for key in sorted(sums))
 
@@ -282,10 +281,11 @@ def _link_table(steps: Sequence[StepRecord]) -> str:
             decimal(link.raw_bytes),
             decimal(link.wire_bytes),
             f"{link.raw_bytes / link.wire_bytes:.1f}x" if link.wire_bytes else "-",
+            "-" if link.cosine is None else f"{link.codec}: error {link.relative_error:.4f}, cosine {link.cosine:.5f}",
         )
         for link in link_totals(steps)
     ]
-    return _table(("link", "frames", "raw", "on the wire", "saved"), rows)
+    return _table(("link", "frames", "raw", "on the wire", "saved", "last canary"), rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

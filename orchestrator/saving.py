@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from actors.errors import CheckpointError, DiskFull, IsthmusError, StoreError
-from actors.spec import SaveOrder, SaveReport
+from actors.spec import CheckpointCodec, SaveOrder, SaveReport
 from orchestrator.checkpoints import CheckpointLedger, Manifest, PendingSaves, checkpoint_name
 
 
@@ -28,6 +28,7 @@ class Saving:
 
     ledger: CheckpointLedger
     keep: int
+    codec: CheckpointCodec
     tell: Callable[[int, str, str], None]
     newest_step: int = -1
     # Why the last save that failed did.
@@ -48,7 +49,7 @@ class Saving:
         checkpoint = checkpoint_name(step)
         pending = PendingSaves(checkpoint=checkpoint, num_stages=num_stages)
         self._under_way.append(_UnderWay(step, pending, draft))
-        return SaveOrder(store_url=self.ledger.store.url, checkpoint=checkpoint)
+        return SaveOrder(store_url=self.ledger.store.url, checkpoint=checkpoint, codec=self.codec)
 
     def collect(self, reports: Sequence[SaveReport]) -> bool:
         """Take stages' reports; return whether a checkpoint has become whole."""

@@ -50,6 +50,7 @@ class Stages:
                 data_sha256=self.data_sha256,
                 seed=config.seed,
                 activation_checkpointing=config.train.activation_checkpointing,
+                canary_every=config.wire.canary_every,
             )
             for stage in self.plan.stages
         ]

@@ -165,6 +165,7 @@ class PrometheusSink:
         self._idle = gauge("stage_idle_share", "Share of the last step in which a stage did not compute", "stage")
         self._raw = counter("link_raw_bytes_total", "Bytes of tensors sent, before the codec", "link")
         self._wire = counter("link_wire_bytes_total", "Bytes of frames sent", "link")
+        self._canary = gauge("link_canary_cosine", "Cosine of a link's last canary, decoded against raw", "link")
         self._events = counter("events_total", "Events of a run", "event")
 
     def start(self, config: Mapping[str, object], plan: Plan) -> None:
@@ -186,6 +187,8 @@ class PrometheusSink:
             if link.raw_bytes > 0 and link.wire_bytes > 0:
                 self._raw.inc(link.raw_bytes, tags)
                 self._wire.inc(link.wire_bytes, tags)
+            if link.cosine is not None:
+                self._canary.set(link.cosine, tags)
 
     def evaluation(self, record: EvalRecord) -> None:
         self._val_loss.set(record.loss)
@@ -222,6 +225,9 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
         scalars[f"{prefix}/frames"] = link.num_frames
         scalars[f"{prefix}/raw_bytes"] = link.raw_bytes
         scalars[f"{prefix}/wire_bytes"] = link.wire_bytes
+        if link.relative_error is not None and link.cosine is not None:
+            scalars[f"{prefix}/canary_relative_error"] = link.relative_error
+            scalars[f"{prefix}/canary_cosine"] = link.cosine
     return scalars
 
 

@@ -14,7 +14,7 @@ from actors.errors import CheckpointError, UserError
 from actors.model.decoder import DecoderStage
 from actors.model.huggingface import export
 from actors.model.sample import generate
-from actors.shards import read_weights, unit_names
+from actors.shards import read_weights, unit_limits
 from actors.store import BlobStore, open_store
 from actors.token_shards import TOKENIZER, DataManifest
 from orchestrator.checkpoints import CheckpointLedger, Manifest
@@ -33,8 +33,10 @@ class TrainedRun:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight by name, one file of the checkpoint after another."""
-        for unit in unit_names(self.manifest.model.num_layers):
-            yield from read_weights(self.store, self.manifest.checkpoint, self.manifest.files_by_name, [unit]).items()
+        spec, manifest = self.manifest.model, self.manifest
+        shapes = DecoderStage(spec, 0, spec.num_layers, device="meta").named_global_parameters()
+        for unit, limit in unit_limits(shapes).items():
+            yield from read_weights(self.store, manifest.checkpoint, manifest.files_by_name, {unit: limit}).items()
 
     def tokenizer_bytes(self) -> bytes:
         """Return the tokenizer.json of the data that the run was trained on."""

@@ -5,49 +5,29 @@ One `Codec` protocol; `CODECS` holds them by name. Adding one takes its module a
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-
 from actors.codecs.bf16 import Bf16
+from actors.codecs.blocks import HQ4, HQ4_STOCHASTIC, Q4, Q4_STOCHASTIC, Q8
+from actors.codecs.lx import Lx
+from actors.codecs.protocol import Codec
 from actors.codecs.raw import Raw
+from actors.codecs.tk2 import TK2, TK2_32, TK2_128, TK2_SIGN
 from actors.errors import ConfigError
 from actors.spec import TensorRole
 
-
-class Codec(Protocol):
-    """Encodes one tensor to bytes and back; holds no state of its own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def code(self) -> int:
-        """The codec's number in the frame header; never used again for another."""
-        ...
-
-    @property
-    def roles(self) -> frozenset[TensorRole]:
-        """What kinds of tensor it suits."""
-        ...
-
-    def size_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
-        """Return the exact size of the payload of `num_elements` of `dtype`."""
-        ...
-
-    def encode(self, tensor: torch.Tensor) -> memoryview:
-        """Return the payload: `size_bytes` bytes on the host."""
-        ...
-
-    def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the tensor on the host, in `dtype`; may share the payload's memory, which must be writable.
-
-        Raises FrameCorrupt for a payload of the right size that `encode` cannot have made.
-        """
-        ...
-
-
-_REGISTRY: tuple[Codec, ...] = (Raw(), Bf16())
+_REGISTRY: tuple[Codec, ...] = (
+    Raw(),
+    Bf16(),
+    Q8,
+    HQ4,
+    HQ4_STOCHASTIC,
+    Q4,
+    Q4_STOCHASTIC,
+    TK2,
+    TK2_32,
+    TK2_128,
+    TK2_SIGN,
+    Lx(),
+)
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTRY}
 
 

@@ -1,10 +1,11 @@
-"""`bf16`: sixteen bits an element, rounded to nearest even."""
+"""`bf16`: sixteen bits an element, rounded to nearest, ties to even; infinities and NaN stay such."""
 
 from __future__ import annotations
 
 import torch
 
-from actors.kernels import reference
+from actors.codecs.payload import flat
+from actors.codecs.protocol import CodecOptions
 from actors.spec import TensorRole
 
 
@@ -13,14 +14,22 @@ class Bf16:
 
     name = "bf16"
     code = 2
-    roles = frozenset({TensorRole.ACTIVATION, TensorRole.GRADIENT})
+    options = CodecOptions()
+    roles = frozenset({TensorRole.ACTIVATION, TensorRole.GRADIENT, TensorRole.PSEUDO_GRADIENT})
+    has_fixed_size = True
+    is_stochastic = False
 
     def size_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
         return num_elements * torch.bfloat16.itemsize
 
-    def encode(self, tensor: torch.Tensor) -> memoryview:
-        return reference.host_bytes(reference.pack_bf16(tensor))
+    def encode(self, tensor: torch.Tensor, seed: int) -> torch.Tensor:
+        return flat(tensor).to(torch.bfloat16).view(torch.uint8)
 
-    def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         payload_N = torch.frombuffer(payload, dtype=torch.uint8)
-        return reference.unpack_bf16(payload_N, dtype).view(shape)
+        return payload_N.to(device, non_blocking=True).view(torch.bfloat16).to(dtype).view(shape)
+
+    def decode_add(self, payload: memoryview, into: torch.Tensor) -> None:
+        into += self.decode(payload, tuple(into.shape), into.dtype, into.device)

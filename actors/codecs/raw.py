@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from actors.kernels import reference
+from actors.codecs.payload import flat
+from actors.codecs.protocol import CodecOptions
 from actors.spec import TensorRole
 
 
@@ -13,14 +14,22 @@ class Raw:
 
     name = "none"
     code = 1
-    roles = frozenset({TensorRole.ACTIVATION, TensorRole.GRADIENT, TensorRole.WEIGHT})
+    options = CodecOptions()
+    roles = frozenset({TensorRole.ACTIVATION, TensorRole.GRADIENT, TensorRole.PSEUDO_GRADIENT, TensorRole.WEIGHT})
+    has_fixed_size = True
+    is_stochastic = False
 
     def size_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
         return num_elements * dtype.itemsize
 
-    def encode(self, tensor: torch.Tensor) -> memoryview:
-        return reference.host_bytes(reference.pack_raw(tensor))
+    def encode(self, tensor: torch.Tensor, seed: int) -> torch.Tensor:
+        return flat(tensor).view(torch.uint8)
 
-    def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         payload_N = torch.frombuffer(payload, dtype=torch.uint8)
-        return reference.unpack_raw(payload_N, dtype).view(shape)
+        return payload_N.to(device, non_blocking=True).view(dtype).view(shape)
+
+    def decode_add(self, payload: memoryview, into: torch.Tensor) -> None:
+        into += self.decode(payload, tuple(into.shape), into.dtype, into.device)

@@ -215,13 +215,16 @@ def _plan_link(
     chunk_bytes, window_bytes = chunk_and_window_bytes(rate_mbps, wire)
     num_elements = work.batch.microbatch_tokens * work.model.hidden_size
     dtype = torch.bfloat16 if source.boundary_bytes == 2 else torch.float32
+    forward, backward = wire.codecs_of(stage)
     return LinkPlan(
         source_stage=stage,
         target_stage=stage + 1,
-        forward_codec=wire.forward,
-        backward_codec=wire.backward,
-        frame_bytes_forward=CODECS[wire.forward].size_bytes(num_elements, dtype),
-        frame_bytes_backward=CODECS[wire.backward].size_bytes(num_elements, dtype),
+        forward_codec=forward,
+        backward_codec=backward,
+        frame_elements=num_elements,
+        raw_frame_bytes=num_elements * dtype.itemsize,
+        frame_bytes_forward=CODECS[forward].size_bytes(num_elements, dtype),
+        frame_bytes_backward=CODECS[backward].size_bytes(num_elements, dtype),
         delay_s=delay_s,
         rate_mbps=rate_mbps,
         chunk_bytes=chunk_bytes,

@@ -17,10 +17,13 @@ from actors.link import Carrier
 from actors.mailbox import Receipt
 from actors.spec import (
     Assignment,
+    CanaryReading,
     CheckpointRef,
     Commit,
     EvalOrder,
     EvalReport,
+    LinkCodecs,
+    LinkCount,
     LoadOrder,
     NodeCard,
     PartTimes,
@@ -29,6 +32,7 @@ from actors.spec import (
 from actors.spec import Fleet as FleetCards
 from actors.stage import Stage
 from actors.token_shards import DataManifest
+from orchestrator.canary import readings_of
 from orchestrator.config import RunConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
 from orchestrator.planner.cost import Workload
@@ -101,11 +105,17 @@ class Pipeline:
                 data_sha256=data_sha256,
                 seed=config.seed,
                 activation_checkpointing=config.train.activation_checkpointing,
+                canary_every=config.wire.canary_every,
             )
             self.stages.append(Stage(assignment, carrier_to))
         self.state = RunState(step=0, generation=1)
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self.canaries: list[CanaryReading] = []
+        # What each stage sent in the last step.
+        self.counts: list[tuple[LinkCount, ...]] = []
+        # What the next steps' orders say of the links' codecs.
+        self.codecs: tuple[LinkCodecs, ...] | None = None
         self._commit: Commit | None = None
 
     def load(self, checkpoint: CheckpointRef | None = None, step: int = 0) -> None:
@@ -123,6 +133,8 @@ class Pipeline:
             )
             assert isinstance(decision, CommitStep)
             self._commit = decision.commit
+            self.canaries += readings_of(reports)
+            self.counts = [report.links for report in reports]
             self.losses.append(outcome.loss)
             self.grad_norms.append(outcome.grad_norm)
         self._all("step", self._order(run_step=False))
@@ -150,6 +162,7 @@ class Pipeline:
             generation=self.state.generation,
             step=self.state.step,
             commit=self._commit,
+            codecs=self.codecs,
             run_step=run_step,
         )
 

@@ -35,7 +35,7 @@ SHA256 = "0123456789abcdef" * 4
 
 
 def manifest_of(step: int = 120, model: ModelSpec = MODEL) -> Manifest:
-    names = [file_name(unit) for unit in unit_names(model.num_layers)]
+    names = [file_name(unit, "none") for unit in unit_names(model.num_layers)]
     return Manifest(
         run="demo",
         step=step,

@@ -180,7 +180,8 @@ def save_checkpoint(config: RunConfig) -> None:
     """Leave what a run of that configuration leaves after 7 steps, with no weights in it."""
     store = open_store(checkpoint_url(config))
     files = tuple(
-        SavedFile(name=file_name(unit), size_bytes=1, sha256="0" * 64) for unit in unit_names(config.model.num_layers)
+        SavedFile(name=file_name(unit, "none"), size_bytes=1, sha256="0" * 64)
+        for unit in unit_names(config.model.num_layers)
     )
     for file in files:
         store.put(f"{checkpoint_name(7)}/{file.name}", b"x")

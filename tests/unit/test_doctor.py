@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from actors.errors import StoreError
@@ -181,6 +182,7 @@ def test_one_failure_keeps_no_other_check_from_running(tmp_path: Path, monkeypat
     monkeypatch.setattr(machine, "device", break_down)
     monkeypatch.setattr(doctor, "in_child", lambda name, check, *a: doctor._examined(name, check, *a))
     monkeypatch.setattr(doctor, "try_ray", lambda: (ray_is_here,))
+    monkeypatch.setattr(doctor, "try_codecs", lambda: ())
     findings = doctor.examine(address=None, store_url=str(tmp_path), data_path=str(tmp_path / "nothing"))
     by_name = {finding.name: settled(finding) for finding in findings}
     assert [name for name, finding in by_name.items() if not finding.passed] == ["device", "data"]
@@ -249,3 +251,19 @@ def test_findings_are_lines_that_say_pass_or_fail_and_what_to_do() -> None:
         "1 of 3 checks failed",
     ]
     assert text_of((Finding(name="a", passed=True, found="fine"),)).endswith("all 1 checks passed\n")
+
+
+# Codecs.
+
+
+def test_codecs_are_tried_against_their_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = settled(only(doctor.try_codecs()))
+    assert finding.passed
+    assert "GB/s" in finding.found
+    with monkeypatch.context() as patch:
+        # A backend that makes other bytes than it should.
+        wrong = type("Wrong", (), {"name": "wrong", "encode_blocks": lambda *_: torch.zeros(3, dtype=torch.uint8)})
+        patch.setattr("actors.kernels.dispatch.kernels_for", lambda device: wrong())
+        finding = settled(only(doctor.try_codecs()))
+    assert not finding.passed
+    assert "wire.forward=bf16" in finding.remedy

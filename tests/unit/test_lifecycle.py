@@ -69,6 +69,7 @@ def report(stage: int, *grad_sq: float, loss_sum: float = 0.0, num_targets: int 
         step_s=0.0,
         actions=(),
         links=(),
+        canaries=(),
         saves=(),
         peak_memory_bytes=0,
     )

@@ -72,7 +72,7 @@ def header_of(microbatch: int = 0, *, step: int = 4, kind: Kind = Kind.ACTIVATIO
 
 def chunks_of(header: FrameHeader, chunk_bytes: int = CHUNK_BYTES) -> list[bytes]:
     tensor = tensor_of(header.microbatch, header.step, header.kind)
-    return list(split_frame(header, CODECS["none"].encode(tensor), chunk_bytes))
+    return list(split_frame(header, memoryview(CODECS["none"].encode(tensor, seed=0).numpy()), chunk_bytes))
 
 
 def forge(header: FrameHeader) -> bytes:
@@ -132,10 +132,11 @@ def test_what_was_taken_is_not_taken_again(mailbox: Mailbox) -> None:
         ({"codec": CODECS["bf16"].code}, "codec"),
         ({"dtype": WireDtype.BFLOAT16}, "dtype"),
         ({"shape": (2, 32, 16)}, "shape"),
-        ({"microbatch": NUM_MICROBATCHES}, "6 microbatches"),
+        ({"microbatch": NUM_MICROBATCHES}, "the plan has 6"),
         ({"kind": Kind.GRADIENT}, "source"),
-        ({"flags": 1}, "options"),
-        ({"seed": 7}, "options"),
+        ({"flags": 1}, "flags 1 is not 0"),
+        ({"seed": 7}, "seed 7 is not 0"),
+        ({"kept": 64}, "kept 64 is not 0"),
     ],
 )
 def test_what_the_plan_does_not_foresee_is_refused(mailbox: Mailbox, fields: dict[str, object], named: str) -> None:
@@ -150,7 +151,7 @@ def test_what_the_plan_does_not_foresee_is_refused(mailbox: Mailbox, fields: dic
 def test_a_frame_of_another_size_is_refused(mailbox: Mailbox) -> None:
     for size in (4, 4095, 4097, 8192):
         chunk = next(split_frame(header_of(), memoryview(bytes(size)), 1 << 20))
-        assert "4096 bytes" in mailbox.offer(chunk).reason
+        assert f"frame size {size} is not 4096" in mailbox.offer(chunk).reason
 
 
 def test_a_frame_of_another_release_is_refused(mailbox: Mailbox) -> None:
@@ -272,7 +273,9 @@ def test_a_frame_cut_in_two_ways_is_refused(mailbox: Mailbox) -> None:
 
 def test_a_payload_that_is_no_encoding_is_refused(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
     class Strict(Raw):
-        def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        def decode(
+            self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        ) -> torch.Tensor:
             raise FrameCorrupt("no block has this step")
 
     with monkeypatch.context() as patch:

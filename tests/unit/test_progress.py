@@ -32,6 +32,7 @@ def report(stage: int, *links: LinkCount, compute_s: float = 1.0) -> StepReport:
         step_s=2.0,
         actions=(),
         links=links,
+        canaries=(),
         saves=(),
         peak_memory_bytes=stage,
     )

@@ -17,7 +17,7 @@ from orchestrator.saving import Saving
 
 MODEL = ModelSpec(num_layers=2)
 NUM_STAGES = 2
-FILES = sorted(map(file_name, unit_names(MODEL.num_layers)))
+FILES = sorted(file_name(unit, "none") for unit in unit_names(MODEL.num_layers))
 
 
 class FullStore(LocalStore):
@@ -50,7 +50,7 @@ class Job:
         self.store = FullStore(folder)
         self.ledger = CheckpointLedger(self.store)
         self.told: list[tuple[int, str, str]] = []
-        self.saving = Saving(self.ledger, keep, lambda step, name, text: self.told.append((step, name, text)))
+        self.saving = Saving(self.ledger, keep, "none", lambda step, name, text: self.told.append((step, name, text)))
 
     def order(self, step: int) -> bool:
         draft = partial(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from actors.errors import CheckpointCorrupt, CheckpointError, DiskFull, StoreError
 from actors.optim import OptimConfig, build_optimizer
+from actors.packing import hold_unit, pack_unit
 from actors.shards import (
     AsyncSaver,
     Units,
@@ -23,11 +24,12 @@ from actors.shards import (
     read_weights,
     restore,
     snapshot,
+    unit_limits,
     unit_names,
     unit_of,
     write_units,
 )
-from actors.spec import SavedFile, SaveReport
+from actors.spec import CheckpointCodec, SavedFile, SaveOrder, SaveReport
 from actors.store import LocalStore
 
 NUM_LAYERS = 5
@@ -76,13 +78,13 @@ def tensors_of(stage: Stage) -> Units:
     return snapshot(stage.named, stage.optimizer)
 
 
-def saved(store: LocalStore, stages: Iterable[Stage]) -> dict[str, SavedFile]:
-    written = [write_units(store, "step-00000002", tensors_of(s)) for s in stages]
+def saved(store: LocalStore, stages: Iterable[Stage], codec: CheckpointCodec = "none") -> dict[str, SavedFile]:
+    written = [write_units(store, "step-00000002", tensors_of(s), codec) for s in stages]
     return {file.name: file for files in written for file in files}
 
 
 def load(store: LocalStore, files: dict[str, SavedFile], stage: Stage) -> None:
-    restore(stage.named, stage.optimizer, read_units(store, "step-00000002", files, stage.units))
+    restore(stage.named, stage.optimizer, read_units(store, "step-00000002", files, unit_limits(stage.named)))
 
 
 def state(stages: Iterable[Stage]) -> dict[str, Tensor]:
@@ -177,18 +179,43 @@ def test_bfloat16_weights_keep_their_bits(tmp_path):
     stage = Stage(0, 5).to(torch.bfloat16)
     files = saved(store := LocalStore(tmp_path), [stage])
     assert_bit_equal(
-        read_weights(store, "step-00000002", files, stage.units),
+        read_weights(store, "step-00000002", files, unit_limits(stage.named)),
         {name: param.detach() for name, param in stage.named.items()},
     )
+
+
+def test_a_compact_checkpoint_is_the_same_checkpoint(tmp_path):
+    (writer,) = trained((0, 5))
+    files = saved(store := LocalStore(tmp_path), [writer], "lx")
+    assert {Path(name).suffix for name in files} == {".lx"}
+    load(store, files, reader := Stage(0, 5, seed=99))
+    assert_bit_equal(state([reader]), state([writer]))
+
+
+def test_stages_may_write_one_checkpoint_in_different_ways(tmp_path):
+    writers = trained((0, 2), (2, 5))
+    store = LocalStore(tmp_path)
+    files = saved(store, writers[:1], "lx") | saved(store, writers[1:], "none")
+    load(store, files, reader := Stage(0, 5, seed=99))
+    assert_bit_equal(state([reader]), state(writers))
+
+
+def test_a_compact_checkpoint_of_real_size_is_smaller(tmp_path):
+    stage = Stage(0, 5, width=256)
+    sizes = [
+        sum(file.size_bytes for file in saved(LocalStore(tmp_path), [stage], codec).values())
+        for codec in ("none", "lx")
+    ]
+    assert sizes[1] < 0.87 * sizes[0]
 
 
 def test_weights_alone_can_be_read_and_restored(tmp_path):
     (writer,) = trained((0, 5))
     files = saved(store := LocalStore(tmp_path), [writer])
-    weights = read_weights(store, "step-00000002", files, unit_names(NUM_LAYERS))
+    weights = read_weights(store, "step-00000002", files, unit_limits(writer.named))
     assert_bit_equal(weights, {name: param.detach() for name, param in writer.named.items()})
     reader = Stage(0, 5, seed=99)
-    restore(reader.named, None, read_units(store, "step-00000002", files, reader.units))
+    restore(reader.named, None, read_units(store, "step-00000002", files, unit_limits(reader.named)))
     assert torch.equal(reader.weights[0], writer.weights[0])
     assert not reader.optimizer.state
 
@@ -234,13 +261,13 @@ def test_a_harmed_file_is_named_before_it_is_parsed(tmp_path, monkeypatch, harm:
     load_bytes = safetensors.torch.load
     monkeypatch.setattr(safetensors.torch, "load", lambda data: parsed.append(data) or load_bytes(data))
     with pytest.raises(CheckpointCorrupt, match=rf"step-00000002/layer-00003\.safetensors .*{words}.*: resume"):
-        read_units(store, "step-00000002", files, ["layer-00003"])
+        read_units(store, "step-00000002", files, {"layer-00003": 1000})
     assert not parsed
 
 
 def test_a_unit_that_the_manifest_lacks_is_named(tmp_path):
-    with pytest.raises(CheckpointCorrupt, match=r"head\.safetensors .*not in its checkpoint's manifest"):
-        read_units(LocalStore(tmp_path), "step-00000002", {}, ["head"])
+    with pytest.raises(CheckpointCorrupt, match=r"step-00000002/head .*not in its checkpoint's manifest"):
+        read_units(LocalStore(tmp_path), "step-00000002", {}, {"head": 1000})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +292,37 @@ def test_bytes_that_match_their_hash_but_are_no_tensors_are_corrupt(tmp_path, da
     store.put("step-00000002/head.safetensors", data)
     file = SavedFile(name="head.safetensors", size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     with pytest.raises(CheckpointCorrupt, match="not a safetensors file"):
-        read_units(store, "step-00000002", {file.name: file}, ["head"])
+        read_units(store, "step-00000002", {file.name: file}, {"head": 1000})
+
+
+def compact_file(store: LocalStore, data: bytes) -> dict[str, SavedFile]:
+    store.put("step-00000002/head.lx", data)
+    return {"head.lx": SavedFile(name="head.lx", size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+
+
+ZEROS = {"weight/lm_head.weight": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize(
+    ("pack", "max_bytes", "words"),
+    [
+        (lambda: b"", 4000, "less than its prefix"),
+        (lambda: pack_unit(ZEROS)[:-1], 4000, "its payloads have"),
+        (lambda: pack_unit(ZEROS), 3999, "take 4000 bytes, more than the 3999 of this model"),
+        (lambda: pack_unit(ZEROS, base=hold_unit(ZEROS)), 4000, "difference to another"),
+    ],
+    ids=["empty", "cut", "larger than the model", "a difference"],
+)
+def test_a_compact_file_that_does_not_fit_is_corrupt(tmp_path, pack: Callable[[], bytes], max_bytes: int, words: str):
+    files = compact_file(store := LocalStore(tmp_path), pack())
+    with pytest.raises(CheckpointCorrupt, match=rf"step-00000002/head\.lx in .* no compact file .*{words}.*: resume"):
+        read_units(store, "step-00000002", files, {"head": max_bytes})
+
+
+def test_no_unit_needs_more_than_its_limit():
+    (stage,) = trained((0, 5))
+    sizes = {unit: sum(t.nbytes for t in tensors.values()) for unit, tensors in tensors_of(stage).items()}
+    assert unit_limits(stage.named) == sizes
 
 
 def test_misfits_are_all_named_and_nothing_is_changed():
@@ -291,6 +348,10 @@ def test_misfits_are_all_named_and_nothing_is_changed():
 # Saving in the background.
 
 
+def save_order(checkpoint: str, url: str, codec: CheckpointCodec = "none") -> SaveOrder:
+    return SaveOrder(store_url=url, checkpoint=checkpoint, codec=codec)
+
+
 class GatedStore(LocalStore):
     """A store whose writes wait for a gate, so that a test decides when a save ends."""
 
@@ -303,13 +364,15 @@ class GatedStore(LocalStore):
         super().put(key, data)
 
 
-def test_a_save_is_reported_once_with_its_files(tmp_path):
+@pytest.mark.parametrize(("codec", "suffix"), [("none", ".safetensors"), ("lx", ".lx")])
+def test_a_save_is_reported_once_with_its_files(tmp_path, codec: CheckpointCodec, suffix: str):
     (stage,) = trained((0, 5))
     saver = AsyncSaver()
-    saver.start("step-00000002", str(tmp_path), tensors_of(stage), 3)
+    saver.start(save_order("step-00000002", str(tmp_path), codec), tensors_of(stage), 3)
     saver.wait(20)
     (report,) = saver.finished()
     assert (report.stage, report.checkpoint, report.error) == (3, "step-00000002", "")
+    assert {Path(file.name).suffix for file in report.files} == {suffix}
     reader = Stage(0, 5, seed=99)
     load(LocalStore(tmp_path), {file.name: file for file in report.files}, reader)
     assert_bit_equal(state([reader]), state([stage]))
@@ -322,7 +385,7 @@ def test_training_does_not_wait_and_the_newest_save_wins(tmp_path):
     saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
     units = tensors_of(Stage(0, 5))
     for step in (1, 2, 3):
-        saver.start(f"step-{step}", str(tmp_path), units, 0)
+        saver.start(save_order(f"step-{step}", str(tmp_path)), units, 0)
     (dropped,) = saver.finished()
     assert dropped.checkpoint == "step-2"
     assert "dropped step-2: step-3 was due before its turn came" in dropped.error
@@ -338,7 +401,7 @@ def test_closing_drops_what_waits(tmp_path):
     gate = threading.Event()
     saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
     for step in (1, 2):
-        saver.start(f"step-{step}", str(tmp_path), tensors_of(Stage(0, 5)), 0)
+        saver.start(save_order(f"step-{step}", str(tmp_path)), tensors_of(Stage(0, 5)), 0)
     saver.close(0.01)
     gate.set()
     saver.wait(20)
@@ -349,7 +412,7 @@ def test_closing_drops_what_waits(tmp_path):
 def test_closing_waits_for_the_save_that_runs(tmp_path):
     gate = threading.Event()
     saver = AsyncSaver(open_url=lambda url: GatedStore(Path(url), gate))
-    saver.start("step-1", str(tmp_path), tensors_of(Stage(0, 5)), 0)
+    saver.start(save_order("step-1", str(tmp_path)), tensors_of(Stage(0, 5)), 0)
     opener = threading.Timer(0.05, gate.set)
     opener.start()
     saver.close(20)
@@ -365,7 +428,7 @@ class FullStore(LocalStore):
 
 def test_a_full_disk_is_a_report_and_not_an_exception(tmp_path):
     saver = AsyncSaver(open_url=lambda url: FullStore(Path(url)))
-    saver.start("step-1", str(tmp_path), tensors_of(Stage(0, 5)), 2)
+    saver.start(save_order("step-1", str(tmp_path)), tensors_of(Stage(0, 5)), 2)
     saver.wait(20)
     (report,) = saver.finished()
     assert report.files == ()
@@ -374,7 +437,7 @@ def test_a_full_disk_is_a_report_and_not_an_exception(tmp_path):
 
 
 def save_and_wait(saver: AsyncSaver, checkpoint: str, url: str) -> SaveReport:
-    saver.start(checkpoint, url, tensors_of(Stage(0, 5)), 1)
+    saver.start(save_order(checkpoint, url), tensors_of(Stage(0, 5)), 1)
     saver.wait(60)
     (report,) = saver.finished()
     return report
@@ -403,7 +466,7 @@ def test_a_bucket_that_goes_away_is_a_report_within_bounded_time(s3_environment,
 
 def test_a_defect_is_not_mistaken_for_a_refusal(tmp_path):
     saver = AsyncSaver()
-    saver.start("step-1", str(tmp_path), {"head": {"x": "not a tensor"}}, 0)  # type: ignore[dict-item]
+    saver.start(save_order("step-1", str(tmp_path)), {"head": {"x": "not a tensor"}}, 0)  # type: ignore[dict-item]
     with pytest.raises((TypeError, AttributeError, ValueError)):
         saver.wait(20)
     saver.close(20)

@@ -48,7 +48,7 @@ def test_a_save_is_told_until_the_commit_of_the_step_that_told_of_it(
     config: RunConfig, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     (stage,) = pipeline.stages
-    save = SaveOrder(store_url=str(tmp_path), checkpoint="step-0")
+    save = SaveOrder(store_url=str(tmp_path), checkpoint="step-0", codec="none")
     stage.step(step_order(config, 0, save=save))
     (told,) = stage.flush(20)
     assert (told.checkpoint, told.error) == ("step-0", "")

@@ -20,7 +20,7 @@ from wandb.errors import CommError
 from actors.errors import ConfigError, DiskFull
 from actors.spec import Plan
 from orchestrator import tracking
-from orchestrator.console import ConsoleSink
+from orchestrator.console import ConsoleSink, links_text, step_line
 from orchestrator.events import EventsFile, decode, encode, fold_history, is_due, read_history, without_actions
 from orchestrator.records import EvalRecord, EventRecord, StepRecord
 from orchestrator.runfolder import RunFolder
@@ -52,7 +52,7 @@ def test_a_plain_line_has_every_field() -> None:
     lines = console_text(is_terminal=False).splitlines()
     assert (
         "step 12/20  loss  6.9000  tok/s       500  eta  0:00:16  slowest stage 1 (node-1) idle  25%"
-        "  wire 24.6 MB of 49.2 MB (2.0x saved)"
+        "  wire 24.6 MB of 49.2 MB (2.0x saved)  MB 0-1 24.6/49.2"
     ) in lines
     assert "eval step 10  val_loss 3.0000  512 tokens in 1.5 s" in lines
     assert "retried step 10  stage 1 lost [red]; went on" in lines
@@ -372,3 +372,31 @@ def test_every_sink_is_ended_though_one_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "due"), [(1, [0, 1, 2, 3, 4]), (2, [0, 1, 3, 4]), (100, [0, 4])])
 def test_what_is_done_every_so_often_is_done_first_and_last(every: int, due: list[int]) -> None:
     assert [step for step in range(5) if is_due(make_step(step, num_steps=5), every)] == due
+
+
+def with_canary(cosine: float) -> StepRecord:
+    """A step in which the first link's forward frames were compared."""
+    first, *others = make_step(0, num_stages=3).links
+    read = replace(first, codec="hq4", relative_error=0.12, cosine=cosine)
+    return replace(make_step(0, num_stages=3), links=(read, *others))
+
+
+def test_a_line_shows_every_link_and_the_worst_canary() -> None:
+    line = step_line(with_canary(0.9931), None)
+    assert line.endswith("MB 0-1 24.6/49.2, 1-2 24.6/49.2  canary 0>1 hq4 cosine 0.9931")
+    assert "canary" not in step_line(make_step(0, num_stages=3), None)
+
+
+def test_of_many_links_a_line_shows_the_heaviest() -> None:
+    record = make_step(0, num_stages=8)
+    heavy = tuple(replace(link, wire_bytes=10**9) if link.source_stage == 6 else link for link in record.links)
+    text = links_text(heavy)
+    assert "5-6" in text
+    assert "6-7" in text
+    assert text.count("/") == 4
+
+
+def test_a_canary_is_plotted_where_it_was_read() -> None:
+    scalars = step_scalars(with_canary(0.97))
+    assert (scalars["link/0-1/canary_relative_error"], scalars["link/0-1/canary_cosine"]) == (0.12, 0.97)
+    assert not any("canary" in name for name in step_scalars(make_step(0)))

@@ -1,0 +1,1 @@
+"""Payloads that no release may make otherwise: how they are made, and their bytes."""
