@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: env demo test lint fmt gpu clean
+.PHONY: env demo test lint fmt fuzz gpu clean
 
 env: $(VENV)/.ready
 
@@ -19,6 +19,11 @@ demo: env
 
 test: env lint
 	$(BIN)/python -m pytest tests
+
+# Everything that parses bytes from a peer, guided by coverage; what it finds lies in build/fuzz/*/findings.
+FUZZ_SECONDS ?= 600
+fuzz: env
+	nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 # On a machine with a CUDA device, torch, cuda-core and pytest; Ray and the other test packages are not needed.
 gpu:

@@ -3,8 +3,9 @@
     python -m bench.kernels --cpu [--quick] [--check]
 
 64 MiB of float32, one thread. All take turns, a call each, and each one's best round counts, so that noise hits all
-alike. GB/s count the float32 side; a share is of the GB/s of a plain copy of the same 64 MiB. A decode is what a
-receiver runs: the payload is verified, then decoded. The GPU's figures are those of bench.gpu.
+alike. Seconds are of processor time, which on a core of one's own is the time that passes: others on this machine may
+delay a call, and do not make it slower. GB/s count the float32 side; a share is of the GB/s of a plain copy of the same
+64 MiB. A decode is what a receiver runs: the payload is verified, then decoded. The GPU's figures are bench.gpu's.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Workloads:
         self.source_N = torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(SEED))
         self.into_N = torch.zeros(NUM_ELEMENTS)
         self.residual_N = torch.zeros(NUM_ELEMENTS)
-        # Weights are split a piece at a time.
+        # Weights are split, and merged, a piece at a time.
         self.pieces = self.source_N.view(torch.int32).split(PIECE_WORDS)
         # Every backend makes the same bytes, so that one's do for all.
         self.payloads = {form: kernels.encode_blocks(self.source_N, form, SEED) for form in (HQ4, Q8)}
@@ -85,8 +86,8 @@ class Workloads:
             "q8 decode and add": lambda: self._decode(kernels, Q8, accumulate=True),
             "tk2 encode": lambda: kernels.encode_chunks(self.source_N, self.residual_N, BETA, TK2),
             "tk2 decode and add": lambda: self._add_chunks(kernels),
-            "split planes": lambda: [kernels.split_planes(piece_N, None) for piece_N in self.pieces],
-            "merge planes": lambda: [kernels.merge_planes(planes, None) for planes in self.planes],
+            "split planes": lambda: self._split_planes(kernels),
+            "merge planes": lambda: self._merge_planes(kernels),
         }
 
     def copy(self) -> None:
@@ -101,6 +102,14 @@ class Workloads:
         assert kernels.verify_chunks(self.sparse_N, NUM_ELEMENTS, TK2) is Fault.NONE
         kernels.add_chunks(self.sparse_N, self.into_N, TK2)
 
+    def _split_planes(self, kernels: Kernels) -> None:
+        for piece_N in self.pieces:
+            kernels.split_planes(piece_N, None)
+
+    def _merge_planes(self, kernels: Kernels) -> None:
+        for planes in self.planes:
+            kernels.merge_planes(planes, None)
+
 
 Rates = dict[str, float]
 Name = TypeVar("Name", bound=Hashable)
@@ -111,9 +120,9 @@ def best_gbps(calls: Mapping[Name, Callable[[], object]], num_rounds: int) -> di
     best_s = dict.fromkeys(calls, math.inf)
     for _ in range(num_rounds):
         for name, call in calls.items():
-            began_s = time.perf_counter()
+            began_s = time.process_time()
             call()
-            best_s[name] = min(best_s[name], time.perf_counter() - began_s)
+            best_s[name] = min(best_s[name], time.process_time() - began_s)
     return {name: 4 * NUM_ELEMENTS / seconds / 1e9 for name, seconds in best_s.items()}
 
 

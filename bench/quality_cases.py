@@ -233,7 +233,7 @@ NUM_LOCAL_STEPS = 10
 OUTER_RECIPE = Recipe(
     model=replace(PIPELINE_RECIPE.model, num_layers=4),
     split=(4,),
-    batch=BatchSpec(seq_len=SEQ_LEN, microbatch_size=4, num_microbatches=1),
+    batch=BatchSpec(seq_len=SEQ_LEN, microbatch_size=2, num_microbatches=1),
     optim=OptimConfig(lr=1e-3, warmup_steps=20, schedule="cosine"),
     num_steps=64 * NUM_LOCAL_STEPS,
     curve_every=4,
@@ -247,9 +247,9 @@ CHECKED_LRS = (0.4, 0.7, 1.0)
 
 
 def full_cases() -> tuple[Case, ...]:
-    """Return every case, one seed after another, so that early ends are comparable."""
+    """Return every case: the pairs, then the outer step, each one seed after another, so that early ends compare."""
     seeded = [case for seed in SEEDS for case in _cases_of_seed(PIPELINE_RECIPE, OUTER_RECIPE, seed)]
-    return (*seeded, *check_cases())
+    return (*sorted(seeded, key=lambda case: isinstance(case, OuterCase)), *check_cases())
 
 
 def quick_cases() -> tuple[Case, ...]:

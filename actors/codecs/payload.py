@@ -14,12 +14,16 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1)
 
 
-def checked(payload: memoryview, codec: str, form: BlockForm | ChunkForm, num_elements: int) -> torch.Tensor:
-    """Return a payload's bytes as a tensor that shares them; FrameCorrupt or NonFinite where it may not be decoded."""
-    size_bytes = form.payload_bytes(num_elements)
+def of_size(payload: memoryview, codec: str, num_elements: int, size_bytes: int) -> torch.Tensor:
+    """Return a payload's bytes as a tensor that shares them; FrameCorrupt where they are too few or too many."""
     if len(payload) != size_bytes:
         raise _corrupt(codec, f"it has {len(payload)} bytes, {num_elements} elements take {size_bytes}")
-    payload_N = torch.frombuffer(payload, dtype=torch.uint8)
+    return torch.frombuffer(payload, dtype=torch.uint8)
+
+
+def checked(payload: memoryview, codec: str, form: BlockForm | ChunkForm, num_elements: int) -> torch.Tensor:
+    """Return a payload's bytes as a tensor that shares them; FrameCorrupt or NonFinite where it may not be decoded."""
+    payload_N = of_size(payload, codec, num_elements, form.payload_bytes(num_elements))
     kernels = host_kernels()
     if isinstance(form, BlockForm):
         fault = kernels.verify_blocks(payload_N, num_elements, form)

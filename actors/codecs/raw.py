@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from actors.codecs.payload import flat
+from actors.codecs.payload import flat, of_size
 from actors.codecs.protocol import CodecOptions
 from actors.spec import TensorRole
 
@@ -28,7 +30,8 @@ class Raw:
     def decode(
         self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        payload_N = torch.frombuffer(payload, dtype=torch.uint8)
+        num_elements = math.prod(shape)
+        payload_N = of_size(payload, self.name, num_elements, self.size_bytes(num_elements, dtype))
         return payload_N.to(device, non_blocking=True).view(dtype).view(shape)
 
     def decode_add(self, payload: memoryview, into: torch.Tensor) -> None:

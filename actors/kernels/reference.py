@@ -153,7 +153,8 @@ def encode_blocks(source_N: torch.Tensor, form: BlockForm, seed: int) -> torch.T
     inverse_C = torch.where(steps_C > 0, 1.0 / bfloat16_value(steps_C), 0.0)
     scaled_CB = blocks_CB * inverse_C[:, None]
     if form.stochastic:
-        floor_CB = scaled_CB.floor()
+        # The inverse is rounded, so a product may pass the lowest code by a rounding: from there it only goes up.
+        floor_CB = scaled_CB.floor().clamp(min=-_REACH[form.bits, True])
         threshold_CB = ((scaled_CB - floor_CB) * 65536.0).nan_to_num(0.0).long()
         quantised_CB = floor_CB + (threshold_CB > uniform16(blocks_CB.numel(), seed).view(-1, BLOCK))
     else:

@@ -98,7 +98,7 @@ def test_a_payload_with_any_bit_flipped_is_refused_and_nothing_is_added(codec: C
     assert not torch.equal(sum_so_far, torch.ones_like(tensor))
 
 
-@pytest.mark.parametrize("codec", **named(QUANTISING))
+@pytest.mark.parametrize("codec", **named(FIXED))
 @pytest.mark.parametrize("extra", [-1, 1, 64])
 def test_a_payload_of_another_size_is_refused(codec: Codec, extra: int) -> None:
     payload = bytes(payload_of(codec, gaussian((300,))))

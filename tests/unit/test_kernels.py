@@ -192,6 +192,18 @@ def test_stochastic_rounding_has_no_bias(natives: list[Kernels], bits: int) -> N
     assert bool(((sent.mean(dim=1) - points).abs() < 4 * standard_error + 1e-9).all())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stochastic_rounding_never_passes_the_lowest_code(natives: list[Kernels], bits: int) -> None:
+    # The inverses of these steps are rounded up, so the products go beyond the code by a rounding.
+    form, lowest = BlockForm(bits=bits, stochastic=True), 1.0 - (1 << (bits - 1))
+    for kernels in natives:
+        for step in (167 / 128, 197 / 128):
+            source_N = torch.full((1 << 19,), lowest * step)
+            payload_N = kernels.encode_blocks(source_N, form, 3)
+            assert kernels.verify_blocks(payload_N, len(source_N), form) is Fault.NONE
+            assert torch.equal(decoded(kernels, payload_N, len(source_N), form), source_N)
+
+
 def test_a_seed_decides_stochastic_rounding(backends: list[Kernels]) -> None:
     form, source_N = BlockForm(bits=4, hadamard=True, stochastic=True), gaussian(1000)
     for kernels in backends:

@@ -49,10 +49,13 @@ ISTHMUS_BOTH int32_t nearest(float value, float inverse) {
 // Random bits of a pair of neighbouring elements: the lower half is for the even one, the upper for the odd one.
 ISTHMUS_BOTH uint32_t pair_random(uint32_t pair, uint32_t seed) { return mix32(pair * 0x9E3779B9u ^ seed); }
 
-// The code of a value, rounded up with the probability of its remainder; `random` has 16 bits.
+// The code of a value, rounded up with the probability of its remainder; `random` has 16 bits. The inverse is rounded,
+// so the product may pass the lowest code by a rounding: from there it only goes up.
+template <int kBits>
 ISTHMUS_BOTH int32_t stochastic(float value, float inverse, uint32_t random) {
+  constexpr float kLargest = (1 << (kBits - 1)) - 1;
   const float scaled = product(value, inverse);
-  const float below = floorf(scaled);
+  const float below = fmaxf(floorf(scaled), -kLargest);
   const uint32_t threshold = static_cast<uint32_t>(static_cast<int32_t>(product(sum(scaled, -below), 65536.0f)));
   return static_cast<int32_t>(below) + (threshold > random ? 1 : 0);
 }

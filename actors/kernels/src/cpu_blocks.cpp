@@ -54,6 +54,7 @@ static inline void round_to_nearest(const float* values, float inverse, int8_t* 
   for (int i = 0; i < kBlock; i++) quantised[i] = static_cast<int8_t>(nearest(values[i], inverse));
 }
 
+template <int kBits>
 static inline void round_stochastically(const float* values, float inverse, int64_t block, uint32_t seed,
                                         int8_t* quantised) {
   const uint32_t first_pair = static_cast<uint32_t>(block) * (kBlock / 2);
@@ -63,7 +64,9 @@ static inline void round_stochastically(const float* values, float inverse, int6
     random[2 * pair] = both & 0xFFFFu;
     random[2 * pair + 1] = both >> 16;
   }
-  for (int i = 0; i < kBlock; i++) quantised[i] = static_cast<int8_t>(stochastic(values[i], inverse, random[i]));
+  for (int i = 0; i < kBlock; i++) {
+    quantised[i] = static_cast<int8_t>(stochastic<kBits>(values[i], inverse, random[i]));
+  }
 }
 
 template <int kBits>
@@ -99,7 +102,7 @@ static inline bool encode_block(float* values, const Rounding& rounding, int64_t
   alignas(kVectorBytes) int8_t quantised[kBlock];
   if (rounding.stochastic) {
     *step = block_step<kBits, true>(float_of(largest));
-    round_stochastically(values, inverse_step(*step), block, rounding.seed, quantised);
+    round_stochastically<kBits>(values, inverse_step(*step), block, rounding.seed, quantised);
   } else {
     *step = block_step<kBits, false>(float_of(largest));
     round_to_nearest(values, inverse_step(*step), quantised);

@@ -81,6 +81,7 @@ struct Kept {
 static inline void keep(const uint32_t* sums, const Candidates& candidates, uint32_t threshold, int kept,
                         Kept* chosen) {
   uint32_t places[kPositionRoom];
+  // None is a filled-up zero: at a threshold of 0 the whole chunk is candidates, and nothing is filled up.
   int at = positions_of(candidates.keys, candidates.padded_count(), threshold, places, [](int) {});
   int to_drop = at - kept;
   for (int rank = kept; rank > 0;) {

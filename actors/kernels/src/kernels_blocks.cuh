@@ -189,15 +189,15 @@ ISTHMUS_DEVICE void pack(const int32_t* code, uint32_t (&word)[4]) {
 }
 
 // The codes of a lane's sixteen values, whose first is the lower of pair `first_pair` of the whole source.
-template <bool kStochastic>
+template <int kBits, bool kStochastic>
 ISTHMUS_DEVICE void quantise(const float* value, float inverse, uint32_t first_pair, uint32_t seed, int32_t* code) {
 #pragma unroll
   for (int i = 0; i < kPerLane; i += 2) {
     if (kStochastic) {
       const uint32_t pair = first_pair + (i < kRun ? i : kBlock / 2 + i - kRun) / 2;
       const uint32_t random = pair_random(pair, seed);
-      code[i] = stochastic(value[i], inverse, random & 0xFFFFu);
-      code[i + 1] = stochastic(value[i + 1], inverse, random >> 16);
+      code[i] = stochastic<kBits>(value[i], inverse, random & 0xFFFFu);
+      code[i + 1] = stochastic<kBits>(value[i + 1], inverse, random >> 16);
     } else {
       code[i] = nearest(value[i], inverse);
       code[i + 1] = nearest(value[i + 1], inverse);
@@ -247,7 +247,7 @@ ISTHMUS_DEVICE void encode_blocks(const Source* source, uint64_t num_elements, u
     const uint32_t step = is_bad ? 0 : block_step<kBits, kStochastic>(float_of(key));
     int32_t code[kPerLane];
     const uint32_t first_pair = static_cast<uint32_t>(block) * (kBlock / 2) + kRun / 2 * lane;
-    quantise<kStochastic>(value, inverse_step(step), first_pair, seed, code);
+    quantise<kBits, kStochastic>(value, inverse_step(step), first_pair, seed, code);
     uint32_t word[2 * kPairs<kBits>];
     pack(code, word);
     if (block >= num_blocks) continue;
