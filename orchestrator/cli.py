@@ -22,6 +22,15 @@ from rich.console import Console
 from actors.errors import IsthmusError, UserError
 from orchestrator.environment import prepare_environment
 
+# Figures of `python -m bench.quality`.
+_CODECS = """
+
+codecs: wire.forward= and wire.backward=, or for one link wire.links.0-1=FORWARD/BACKWARD
+  none, bf16                     32 or 16 bits an element
+  q8                             8.125 bits; learns as none does; what is used where nothing is set
+  backward hq4-stochastic        4.125 bits; about 0.2% more loss
+  forward hq4 (or q4)            4.125 bits; about 3% more loss in a short run: only where no other hides the link
+  docs/quality.md says how this was measured"""
 _OVERLAYS = "*.yaml files, merged left to right, then a.b=c"
 _PREPARE_EXAMPLE = "data prepare 'corpus/*.jsonl.gz' --out data/corpus --vocab-size 32000"
 _INTERRUPTED = 130
@@ -114,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "probe the fleet and print the plan, without training", "plan conf/demo.yaml fleet.nodes=2"),
         ("baseline", _baseline, "run the same recipe centralised, through Ray Train", "baseline conf/demo.yaml"),
     ):
-        verb = add(name, run, text, example)
+        verb = add(name, run, text, example + (_CODECS if name != "baseline" else ""))
         verb.add_argument("words", nargs="+" if name != "plan" else "*", metavar="CONFIG", help=_OVERLAYS)
         _add_address(verb, "a running Ray cluster, or 'auto'; else this machine (default: RAY_ADDRESS)")
 

@@ -98,3 +98,11 @@ def test_interpolation_is_refused_because_it_could_carry_a_secret(monkeypatch: p
     with pytest.raises(ConfigError, match=r"data\.path is") as caught:
         load_config(["data.path=${oc.env:A_SECRET}"])
     assert "hunter2" not in str(caught.value)
+
+
+def test_links_take_codecs_of_their_own_from_the_command_line() -> None:
+    config = load_config(["wire.links.0-1=hq4/q8", "wire.links.2-3=none/bf16"])
+    assert config.wire.links == {"0-1": "hq4/q8", "2-3": "none/bf16"}
+    for word, named in (("wire.links.0-1=zip/q8", "the first of"), ("wire.links.0-1=q8/tk2", "the second of")):
+        with pytest.raises(ConfigError, match=rf"{named} wire\.links\.0-1=.* is no codec"):
+            load_config([word])

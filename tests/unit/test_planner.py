@@ -1,7 +1,9 @@
 """Plans: how the model is cut, what it is said to cost, and what is said where nothing fits."""
 
 import pytest
+import torch
 
+from actors.codecs import CODECS
 from actors.errors import ConfigError, PlanError
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
@@ -178,7 +180,9 @@ def test_settings_that_contradict_one_another_are_refused(config: dict) -> None:
 def test_a_thin_link_binds_and_its_codec_sets_the_bytes() -> None:
     nodes = (node("a"), node("b"))
     elements = BATCH.microbatch_tokens * MODEL.hidden_size
-    made = plan(fleet(*nodes, links=(link("a", "b", 0.2, 0.05),)), wire=WireConfig(forward="none"), stages=2)
+    made = plan(
+        fleet(*nodes, links=(link("a", "b", 0.2, 0.05),)), wire=WireConfig(forward="none", backward="bf16"), stages=2
+    )
     (only,) = made.links
     assert (only.frame_bytes_forward, only.frame_bytes_backward) == (4 * elements, 2 * elements)
     assert (only.forward_codec, only.backward_codec) == ("none", "bf16")
@@ -201,6 +205,16 @@ def test_bf16_boundaries_halve_an_uncompressed_frame() -> None:
     nodes = (node("a", boundary_bytes=2), node("b", boundary_bytes=2))
     (only,) = plan(fleet(*nodes), wire=WireConfig(forward="none"), stages=2).links
     assert only.frame_bytes_forward == 2 * BATCH.microbatch_tokens * MODEL.hidden_size
+
+
+def test_each_link_has_the_bytes_of_its_own_codecs() -> None:
+    wire = WireConfig(forward="q8", backward="q8", links={"1-2": "hq4/none"})
+    first, second = plan(fleet(node("a"), node("b"), node("c")), wire=wire, stages=3).links
+    elements = BATCH.microbatch_tokens * MODEL.hidden_size
+    assert first.frame_elements == second.frame_elements == elements
+    assert first.raw_frame_bytes == second.frame_bytes_backward == 4 * elements
+    assert first.frame_bytes_forward == first.frame_bytes_backward == CODECS["q8"].size_bytes(elements, torch.float32)
+    assert second.frame_bytes_forward == CODECS["hq4"].size_bytes(elements, torch.float32)
 
 
 def test_money_and_tokens_follow_from_the_step() -> None:
