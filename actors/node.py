@@ -107,7 +107,7 @@ class NodeActor:
             device=device_name(device),
             boundary_bytes=2 if device.type == "cuda" else 4,
             memory_bytes=memory_bytes,
-            times=time_parts(order.model, order.batch, device, time.perf_counter, document_mask=order.document_mask),
+            times=(time_parts(order.model, order.batch, device, time.perf_counter, document_mask=order.document_mask),),
             price_per_hour=self._price_per_hour,
         )
 

@@ -103,10 +103,17 @@ def time_parts(
         return sorted(forwards)[_REPEATS // 2], sorted(backwards)[_REPEATS // 2]
 
     layer_forward_s, layer_backward_s = timed(lambda: middle(hidden_BTD, documents_BT))
-    embedding_s = sum(timed(lambda: ends.embed_tokens(tokens_BT)))
-    head_s = sum(timed(lambda: token_losses(ends.lm_head(ends.norm(hidden_BTD)), tokens_BT)))
+    embedding_forward_s, embedding_backward_s = timed(lambda: ends.embed_tokens(tokens_BT))
+    head_forward_s, head_backward_s = timed(lambda: token_losses(ends.lm_head(ends.norm(hidden_BTD)), tokens_BT))
     return PartTimes(
-        layer_forward_s=layer_forward_s, layer_backward_s=layer_backward_s, embedding_s=embedding_s, head_s=head_s
+        microbatch_size=batch.microbatch_size,
+        layer_forward_s=layer_forward_s,
+        layer_backward_s=layer_backward_s,
+        layer_weight_s=layer_backward_s / 2,
+        embedding_forward_s=embedding_forward_s,
+        embedding_backward_s=embedding_backward_s,
+        head_forward_s=head_forward_s,
+        head_backward_s=head_backward_s,
     )
 
 

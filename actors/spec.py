@@ -32,17 +32,23 @@ class TensorRole(Enum):
     WEIGHT = "weight"
 
 
-ScheduleName = Literal["gpipe", "1f1b"]
+# The first two are what stages run; the others are planned and simulated: see actors.list_schedule.
+ScheduleName = Literal["gpipe", "1f1b", "bdp", "bdp-split"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartTimes:
-    """Seconds of one microbatch in the model's parts on one node; embedding and head forward and backward."""
+    """Seconds of one microbatch of this many sequences in the model's parts on one node."""
 
+    microbatch_size: int
     layer_forward_s: float
     layer_backward_s: float
-    embedding_s: float
-    head_s: float
+    # Of the layer's backward, what makes the gradients of its weights: it may run later.
+    layer_weight_s: float
+    embedding_forward_s: float
+    embedding_backward_s: float
+    head_forward_s: float
+    head_backward_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +63,20 @@ class NodeCard:
     boundary_bytes: int
     # What training may use, of the device's memory.
     memory_bytes: int
-    times: PartTimes
+    # One entry for each microbatch size that was timed.
+    times: tuple[PartTimes, ...]
     price_per_hour: float = 0.0
+    # How often an hour a node like this one is lost: 1 / its mean life.
+    losses_per_hour: float = 0.0
+    # Between host and device, the slower way; 0: the device is the host, or it was not measured.
+    copy_mbps: float = 0.0
+    # All that the node may send, and take, at once, whoever the peers; 0: no limit is known.
+    uplink_mbps: float = 0.0
+    downlink_mbps: float = 0.0
+
+    def times_at(self, microbatch_size: int) -> PartTimes | None:
+        """Return what was timed with microbatches of this many sequences; None where nothing was."""
+        return next((times for times in self.times if times.microbatch_size == microbatch_size), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +90,24 @@ class LinkCard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionLink:
+    """One direction from nodes of one region to nodes of another, or of the same: stands for links not measured."""
+
+    source: str
+    target: str
+    delay_s: float
+    rate_mbps: float
+    # All flows between the two regions together; 0: no limit is known.
+    shared_mbps: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """What there is to train on: nodes in a fixed order, and the links that were measured."""
+    """What there is to train on: nodes in a fixed order, and the links that were measured, of nodes and of regions."""
 
     nodes: tuple[NodeCard, ...]
     links: tuple[LinkCard, ...]
+    regions: tuple[RegionLink, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,8 +225,8 @@ def _card(config: RunConfig, worker: int, device: torch.device, num_sharing: int
         device=device_name(device),
         boundary_bytes=2 if device.type == "cuda" else 4,
         memory_bytes=memory_bytes,
-        times=time_parts(
-            config.model, config.batch, device, time.perf_counter, document_mask=config.data.document_mask
+        times=(
+            time_parts(config.model, config.batch, device, time.perf_counter, document_mask=config.data.document_mask),
         ),
         price_per_hour=price_per_hour,
     )

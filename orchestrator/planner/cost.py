@@ -36,15 +36,16 @@ class Workload:
 
 def compute_s(node: NodeCard, work: Workload, layer_start: int, layer_stop: int) -> float:
     """Return the seconds of one microbatch forward and backward in layers [layer_start, layer_stop)."""
-    times = node.times
+    times = node.times_at(work.batch.microbatch_size)
+    assert times is not None
     backward_s = times.layer_backward_s
     if work.activation_checkpointing:
         backward_s += times.layer_forward_s
     total_s = (layer_stop - layer_start) * (times.layer_forward_s + backward_s)
     if layer_start == 0:
-        total_s += times.embedding_s
+        total_s += times.embedding_forward_s + times.embedding_backward_s
     if layer_stop == work.model.num_layers:
-        total_s += times.head_s
+        total_s += times.head_forward_s + times.head_backward_s
     return total_s
 
 

@@ -132,7 +132,8 @@ def max_flow_into(
                 for step in range(length - 1, -1, -1):
                     arc = path_V[step]
                     left = residual_A[arc] - pushed
-                    if not left > _DUST * residual_A[arc]:
+                    # Without limit it stays so, whatever was taken; a difference of infinities is NaN.
+                    if left != np.inf and not left > _DUST * residual_A[arc]:
                         left = 0.0
                         full = step
                     residual_A[arc] = left

@@ -242,7 +242,7 @@ def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int
 
 def _fastest(nodes: Sequence[NodeCard], num_stages: int) -> tuple[NodeCard, ...]:
     """Return the `num_stages` fastest nodes, in the fleet's order."""
-    return _first_by(nodes, num_stages, lambda node: node.times.layer_forward_s + node.times.layer_backward_s)
+    return _first_by(nodes, num_stages, lambda node: node.times[0].layer_forward_s + node.times[0].layer_backward_s)
 
 
 def _roomiest(nodes: Sequence[NodeCard], num_stages: int) -> tuple[NodeCard, ...]:

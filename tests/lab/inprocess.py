@@ -26,7 +26,6 @@ from actors.spec import (
     LinkCount,
     LoadOrder,
     NodeCard,
-    PartTimes,
     StepOrder,
 )
 from actors.spec import Fleet as FleetCards
@@ -37,6 +36,7 @@ from orchestrator.config import RunConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
 from orchestrator.planner.cost import Workload
 from orchestrator.planner.plan import make_plan
+from tests.part_times import part_times
 
 
 @dataclass
@@ -55,7 +55,8 @@ class DirectCarrier:
 
 def equal_nodes(count: int) -> FleetCards:
     """Return a fleet of `count` equal nodes with plenty of memory."""
-    times = PartTimes(layer_forward_s=0.1, layer_backward_s=0.2, embedding_s=0.01, head_s=0.1)
+    sizes = range(1, 9)
+    times = tuple(part_times(b, layer_forward_s=0.1, layer_backward_s=0.2, embedding_s=0.01, head_s=0.1) for b in sizes)
     return FleetCards(
         nodes=tuple(
             NodeCard(

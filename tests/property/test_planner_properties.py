@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from actors.errors import PlanError
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
-from actors.spec import Fleet, LinkCard, NodeCard, PartTimes
+from actors.spec import Fleet, LinkCard, NodeCard
 from orchestrator.planner.cost import Workload, compute_s, memory_bytes
 from orchestrator.planner.plan import PlanConfig, Split, best_split, even_split, make_plan
+from tests.part_times import part_times
 
 seconds = st.floats(0.001, 0.1)
-times = st.builds(PartTimes, layer_forward_s=seconds, layer_backward_s=seconds, embedding_s=seconds, head_s=seconds)
+times = st.fixed_dictionaries(
+    {"layer_forward_s": seconds, "layer_backward_s": seconds, "embedding_s": seconds, "head_s": seconds}
+)
 works = st.builds(
     Workload,
     model=st.builds(
@@ -41,13 +44,14 @@ AMPLE = 10**12
 relaxed = settings(max_examples=60, deadline=None)
 
 
-def card(name: str, times: PartTimes, memory: int) -> NodeCard:
-    return NodeCard(node=name, host="h", region="r", device="d", boundary_bytes=4, memory_bytes=memory, times=times)
+def card(name: str, times: dict[str, float], memory: int) -> NodeCard:
+    sizes = tuple(part_times(size, **times) for size in range(1, 5))
+    return NodeCard(node=name, host="h", region="r", device="d", boundary_bytes=4, memory_bytes=memory, times=sizes)
 
 
 def whole_bytes(work: Workload) -> int:
     """What the whole model takes on one node."""
-    times = PartTimes(layer_forward_s=1.0, layer_backward_s=1.0, embedding_s=1.0, head_s=1.0)
+    times = {"layer_forward_s": 1.0, "layer_backward_s": 1.0, "embedding_s": 1.0, "head_s": 1.0}
     return memory_bytes(card("any", times, 0), work, 0, 1, 0, work.model.num_layers)
 
 
@@ -141,11 +145,15 @@ def test_slower_nodes_make_it_slower_in_proportion_at_most(
         slowed = tuple(
             replace(
                 node,
-                times=PartTimes(
-                    layer_forward_s=node.times.layer_forward_s * factor,
-                    layer_backward_s=node.times.layer_backward_s * factor,
-                    embedding_s=node.times.embedding_s * factor,
-                    head_s=node.times.head_s * factor,
+                times=tuple(
+                    part_times(
+                        times.microbatch_size,
+                        layer_forward_s=times.layer_forward_s * factor,
+                        layer_backward_s=times.layer_backward_s * factor,
+                        embedding_s=(times.embedding_forward_s + times.embedding_backward_s) * factor,
+                        head_s=(times.head_forward_s + times.head_backward_s) * factor,
+                    )
+                    for times in node.times
                 ),
             )
             for node in nodes

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from actors.centralised import CentralisedWorker, WorkerSpec, ring_bytes
 from actors.errors import ConfigError, DataError, FleetError, PlanError, RunBusy, StageError
-from actors.spec import EvalReport, NodeCard, PartTimes, StepReport
+from actors.spec import EvalReport, NodeCard, StepReport
 from orchestrator.baseline import plan_baseline, train_baseline
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
 from orchestrator.runfolder import RunFolder
 from orchestrator.trainjob import Act, CoreShare, TrainJob, failure_of, program, share_cores
+from tests.part_times import part_times
 from tests.reference import train_plainly
 from tests.small_run import small_config
 
@@ -70,7 +71,7 @@ def test_workers_must_share_the_microbatches(tmp_path: Path) -> None:
 
 
 def card(worker: int, layer_s: float, memory_bytes: int = 10**10) -> NodeCard:
-    times = PartTimes(layer_forward_s=layer_s, layer_backward_s=layer_s, embedding_s=0.0, head_s=0.0)
+    times = part_times(4, layer_forward_s=layer_s, layer_backward_s=layer_s, embedding_s=0.0, head_s=0.0)
     return NodeCard(
         node=f"worker-{worker}",
         host="here",
@@ -78,7 +79,7 @@ def card(worker: int, layer_s: float, memory_bytes: int = 10**10) -> NodeCard:
         device="CPU x1",
         boundary_bytes=4,
         memory_bytes=memory_bytes,
-        times=times,
+        times=(times,),
         price_per_hour=3.0,
     )
 

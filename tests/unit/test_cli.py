@@ -21,7 +21,7 @@ import pytest
 
 from actors.prepare import prepare
 from actors.shards import file_name, unit_names
-from actors.spec import Fleet, NodeCard, PartTimes, Plan, SavedFile
+from actors.spec import Fleet, NodeCard, Plan, SavedFile
 from actors.store import open_store
 from actors.token_shards import DataManifest
 from orchestrator import cli
@@ -33,12 +33,13 @@ from orchestrator.lifecycle import History
 from orchestrator.machine import Finding
 from orchestrator.runfolder import RunFolder
 from tests.complaint import assert_one_complaint, complaint_of
+from tests.part_times import part_times
 from tests.small_run import small_config, small_run
 from tests.unit.prepared_data import write_data
 from tests.unit.synthetic_run import make_plan
 
 VERBS = ("demo", "train", "plan", "baseline", "data prepare", "doctor", "status", "export", "generate", "report")
-IDLE = PartTimes(layer_forward_s=0.0, layer_backward_s=0.0, embedding_s=0.0, head_s=0.0)
+IDLE = part_times(4, layer_forward_s=0.0, layer_backward_s=0.0, embedding_s=0.0, head_s=0.0)
 Capture = pytest.CaptureFixture[str]
 
 
@@ -256,7 +257,7 @@ def test_plan_shows_the_plan_and_leaves_that_of_a_run_alone(
         folder.plan.write_text("its own")
     plan = make_plan()
     cards = [
-        NodeCard(node=f"node-{i}", host="h", region="r", device="cpu", boundary_bytes=4, memory_bytes=1, times=IDLE)
+        NodeCard(node=f"node-{i}", host="h", region="r", device="cpu", boundary_bytes=4, memory_bytes=1, times=(IDLE,))
         for i in range(2)
     ]
     monkeypatch.setattr("orchestrator.fleet.open_fleet", lambda *_: nullcontext())

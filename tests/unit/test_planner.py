@@ -7,9 +7,10 @@ from actors.codecs import CODECS
 from actors.errors import ConfigError, PlanError
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
-from actors.spec import Fleet, LinkCard, NodeCard, PartTimes, Plan
+from actors.spec import Fleet, LinkCard, NodeCard, Plan
 from orchestrator.planner.cost import Workload, compute_s, memory_bytes, step_s
 from orchestrator.planner.plan import PlanConfig, best_split, even_split, make_plan
+from tests.part_times import part_times
 
 MODEL = ModelSpec(
     vocab_size=1000, hidden_size=64, num_layers=12, num_heads=4, num_kv_heads=2, ffn_size=128, max_positions=64
@@ -23,7 +24,8 @@ def node(
     name: str, slowness: float = 1.0, *, memory_bytes: int = 64 * GB, price: float = 0.0, boundary_bytes: int = 4
 ) -> NodeCard:
     """A node whose layer takes 30 ms at slowness 1, embedding and head 10 and 20 ms."""
-    times = PartTimes(
+    times = part_times(
+        2,
         layer_forward_s=0.01 * slowness,
         layer_backward_s=0.02 * slowness,
         embedding_s=0.01 * slowness,
@@ -36,7 +38,7 @@ def node(
         device="TestGPU",
         boundary_bytes=boundary_bytes,
         memory_bytes=memory_bytes,
-        times=times,
+        times=(times,),
         price_per_hour=price,
     )
 
