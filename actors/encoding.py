@@ -6,10 +6,12 @@ On the CPU there are no streams: encoding simply runs in the outbox thread, deco
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from actors.canary import compare
 from actors.codecs import Codec
 
 
@@ -62,6 +64,14 @@ class Encoder:
             on_host_N.copy_(payload_N, non_blocking=True)
             _event_of(self._side_stream).synchronize()
         return on_host_N.numpy().data
+
+    def compare(self, codec: Codec, payload: memoryview, tensor: torch.Tensor) -> tuple[float, float]:
+        """Return how far the payload that `encode` gave last is from its tensor: relative error and cosine.
+
+        On CUDA on the side stream, so that compute is neither delayed nor waited for.
+        """
+        with nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream):
+            return compare(codec, payload, tensor)
 
 
 class Decoder:

@@ -19,7 +19,6 @@ from typing import Protocol
 
 import torch
 
-from actors.canary import compare
 from actors.codecs import Codec
 from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
@@ -125,9 +124,10 @@ class Link:
         self._counts: dict[Kind, list[int]] = {}
         self._canaries: list[CanaryReading] = []
         self._is_closed = False
-        # Guards the two below, which senders look at.
+        # Guards the three below, which the compute thread looks at.
         self._room = threading.Condition()
         self._num_unsettled = 0
+        self._num_canaries_due = 0
         self._broken: StageError | None = None
         self._thread = threading.Thread(target=self._loop, name=f"outbox-{settings.target}", daemon=True)
         self._thread.start()
@@ -136,9 +136,6 @@ class Link:
         self, tensor: torch.Tensor, codec: Codec, kind: Kind, *, generation: int, step: int, microbatch: int
     ) -> None:
         """Queue one boundary tensor; it must not change afterwards. Raises StageError once the outbox has broken."""
-        with self._room:
-            self._require_unbroken()
-            self._num_unsettled += 1
         dtype = WIRE_DTYPES[tensor.dtype]
         frame_bytes = codec.size_bytes(tensor.numel(), tensor.dtype)
         seed = 0
@@ -162,6 +159,10 @@ class Link:
             kept=codec.options.kept,
             seed=seed,
         )
+        with self._room:
+            self._require_unbroken()
+            self._num_unsettled += 1
+            self._num_canaries_due += self._is_canary(header)
         wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
         self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
         self._messages.put(_Send(header, codec, tensor, mark_ready(tensor)))
@@ -195,15 +196,31 @@ class Link:
             for kind, (num_frames, raw_bytes, wire) in counts.items()
         )
 
-    def drain_canaries(self) -> tuple[CanaryReading, ...]:
-        """Return the comparisons made since the last call."""
+    def drain_canaries(self, timeout_s: float) -> tuple[CanaryReading, ...]:
+        """Return the comparisons of all that was sent since the last call, once they are made.
+
+        Whoever judges a step must have them with that step, or codecs would change at another step in each run.
+        Waits at most `timeout_s`: then PeerTimeout names the peer.
+        """
+        with self._room:
+            is_read = self._room.wait_for(
+                lambda: self._num_canaries_due == 0 or self._broken is not None or self._is_closed, timeout_s
+            )
+            self._require_unbroken()
+            if not is_read:
+                raise PeerTimeout(
+                    f"frames to {self._carrier.peer} were not encoded within {timeout_s:g} s",
+                    "see this node's log, or raise timeouts.frame_s",
+                )
         with self._tally_lock:
             canaries, self._canaries = self._canaries, []
         return tuple(canaries)
 
     def close(self) -> None:
         """Stop sending; what is queued is dropped."""
-        self._is_closed = True
+        with self._room:
+            self._is_closed = True
+            self._room.notify_all()
         self._messages.put(None)
         self._thread.join(timeout=self._settings.ack_s)
 
@@ -233,16 +250,24 @@ class Link:
             raise
 
     def _handle(self, message: _Send | _Answer | None) -> None:
+        canary = message if isinstance(message, _Send) and self._is_canary(message.header) else None
+        payload = None
         try:
             if isinstance(message, _Send):
-                self._enqueue(message)
+                payload = self._enqueue(message)
             elif isinstance(message, _Answer):
                 self._settle(message)
             self._repeat_due()
             self._fill_window()
+            # Only now: what is compared is on its way.
+            if canary is not None and payload is not None:
+                self._read_canary(canary, payload)
         except IsthmusError as error:
             self._drop_all()
             self._on_failure(self._generation, error)
+        finally:
+            if canary is not None:
+                self._settle_canary()
 
     def _next_message(self) -> _Send | _Answer | None:
         """Return the next message, or None when a chunk is due to be repeated, or the link was closed."""
@@ -254,16 +279,19 @@ class Link:
         except queue.Empty:
             return None
 
-    def _enqueue(self, message: _Send) -> None:
+    def _enqueue(self, message: _Send) -> memoryview:
+        """Encode a frame and let its chunks wait; return the payload, which the next call overwrites."""
         if message.header.generation > self._generation:
             self._generation = message.header.generation
             self._drop_all()
+            # Of a step that is run again: nobody was told of these, and each is made again.
+            with self._tally_lock:
+                self._canaries.clear()
         payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
         chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
-        if self._is_canary(message.header):
-            self._read_canary(message, payload)
         frame = _Frame(message.header.kind, len(chunks))
         self._waiting.extend((frame, chunk) for chunk in chunks)
+        return payload
 
     def _is_canary(self, header: FrameHeader) -> bool:
         every = self._settings.canary_every
@@ -274,7 +302,7 @@ class Link:
     def _read_canary(self, message: _Send, payload: memoryview) -> None:
         """Compare a frame with its raw tensor, in this thread: compute goes on."""
         header = message.header
-        relative_error, cosine = compare(message.codec, payload, message.tensor)
+        relative_error, cosine = self._encoder.compare(message.codec, payload, message.tensor)
         reading = CanaryReading(
             source_stage=header.source,
             target_stage=header.target,
@@ -286,6 +314,11 @@ class Link:
         )
         with self._tally_lock:
             self._canaries.append(reading)
+
+    def _settle_canary(self) -> None:
+        with self._room:
+            self._num_canaries_due -= 1
+            self._room.notify_all()
 
     def _fill_window(self) -> None:
         """Push waiting chunks while the window has room; one may always be under way."""

@@ -231,6 +231,7 @@ class Stage:
         engine = self._engine
         outlets = (self._ports.to_previous, self._ports.to_next)
         actions = timeline.actions()
+        frame_s = self._ports.frame_s
         return StepReport(
             run=order.run,
             generation=order.generation,
@@ -246,7 +247,7 @@ class Stage:
             step_s=timeline.elapsed_s,
             actions=actions,
             links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),
-            canaries=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_canaries()),
+            canaries=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_canaries(frame_s)),
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
         )

@@ -46,6 +46,14 @@ def test_relative_error_and_cosine_are_those_of_the_decoded_tensor() -> None:
     assert bytes(other) == before
 
 
+def test_a_tensor_is_compared_piece_by_piece_and_as_it_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.randn(40, 300, generator=torch.Generator().manual_seed(1)).t()
+    payload = payload_of("hq4", raw)
+    whole = compare(CODECS["hq4"], payload, raw)
+    monkeypatch.setattr("actors.canary._PIECE", 77)
+    assert compare(CODECS["hq4"], payload, raw) == pytest.approx(whole)
+
+
 def test_zeros_and_values_that_are_not_finite_have_their_own_answer() -> None:
     zeros = torch.zeros(2, 128)
     assert compare(CODECS["q8"], payload_of("q8", zeros), zeros) == (0.0, 1.0)

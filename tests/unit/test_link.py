@@ -100,6 +100,7 @@ class Sender:
         ack_s: float = PATIENCE_S,
         give_up_s: float = PATIENCE_S,
         target: int = 1,
+        canary_every: int = 0,
     ) -> Link:
         settings = LinkSettings(
             run="demo",
@@ -109,6 +110,7 @@ class Sender:
             window_bytes=window_bytes,
             ack_s=ack_s,
             give_up_s=give_up_s,
+            canary_every=canary_every,
         )
         self.links.append(Link(settings, carrier, lambda generation, error: self.failures.put((generation, error))))
         return self.links[-1]
@@ -393,6 +395,53 @@ def test_counts_are_of_each_kind_since_the_last_look(sender: Sender) -> None:
         count(Kind.EVAL_ACTIVATION, 1, FRAME_BYTES, wire_bytes(FRAME_BYTES, CHUNK_BYTES)),
     }
     assert link.drain_counts() == ()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Comparisons of canaries wait until it is set."""
+    opened = threading.Event()
+
+    def compare_once_open(*compared: object) -> tuple[float, float]:
+        assert opened.wait(PATIENCE_S)
+        return 0.25, 0.75
+
+    monkeypatch.setattr("actors.encoding.compare", compare_once_open)
+    return opened
+
+
+def test_canaries_are_drained_once_all_of_them_are_read(sender: Sender, gate: threading.Event) -> None:
+    carrier = Scripted(lambda header, attempt: ACCEPTED)
+    link = sender.link(carrier, canary_every=1)
+    send(link, 0)
+    # The frame does not wait for its comparison.
+    assert carrier.next_pushed()[0].microbatch == 0
+    with pytest.raises(PeerTimeout, match=r"stage 1 on node-1 were not encoded within 0\.01 s"):
+        link.drain_canaries(0.01)
+    with ThreadPoolExecutor(1) as pool:
+        drained = pool.submit(link.drain_canaries, PATIENCE_S)
+        gate.set()
+        (reading,) = drained.result(timeout=PATIENCE_S)
+    assert (reading.step, reading.codec, reading.relative_error, reading.cosine) == (0, "none", 0.25, 0.75)
+    assert link.drain_canaries(PATIENCE_S) == ()
+
+
+def test_a_step_that_is_tried_again_tells_each_canary_once(sender: Sender, gate: threading.Event) -> None:
+    gate.set()
+    link = sender.link(Scripted(lambda header, attempt: ACCEPTED), canary_every=1)
+    send(link, 0, generation=1)
+    send(link, 0, generation=2)
+    assert len(link.drain_canaries(PATIENCE_S)) == 1
+
+
+def test_a_closed_link_has_no_canaries_to_wait_for(sender: Sender, gate: threading.Event) -> None:
+    link = sender.link(Scripted(lambda header, attempt: ACCEPTED), canary_every=1, ack_s=0.01)
+    send(link, 0)
+    with ThreadPoolExecutor(1) as pool:
+        drained = pool.submit(link.drain_canaries, PATIENCE_S)
+        link.close()
+        assert drained.result(timeout=PATIENCE_S / 2) == ()
+    gate.set()
 
 
 def test_close_ends_the_thread_and_drops_what_is_queued(sender: Sender) -> None:
