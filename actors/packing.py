@@ -245,7 +245,7 @@ def _entry(item: object) -> _Entry:
             form = TensorForm(dtype=_DTYPES[dtype], shape=tuple(shape))
             return _Entry(name=name, form=form, is_delta=is_delta, size_bytes=size_bytes)
         case _:
-            raise _corrupt(f"its header describes no tensor: {str(item)[:200]}")
+            raise _corrupt(f"its header describes no tensor: {repr(item)[:200]}")
 
 
 def _is_shape(sizes: list[Any]) -> bool:

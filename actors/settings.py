@@ -14,7 +14,7 @@ from actors.errors import ConfigError
 MIN_CHUNK_BYTES = 1024
 # Ray inlines a call's arguments up to 4 MiB; a larger chunk would go through its object store, with more round trips.
 MAX_CHUNK_BYTES = 4_000_000
-_LINK = re.compile("([0-9]{1,4})-([0-9]{1,4})")
+_LINK = re.compile("(0|[1-9][0-9]{0,3})-([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True, kw_only=True)

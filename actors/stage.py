@@ -19,7 +19,7 @@ from actors.codecs import Codec, codec_for
 from actors.data import Microbatch, TokenSource
 from actors.engine import StageEngine
 from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
-from actors.kernels.dispatch import kernels_for
+from actors.kernels.dispatch import prepare_kernels
 from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
 from actors.model.decoder import DecoderStage
@@ -88,7 +88,7 @@ class Stage:
             frame_s=assignment.timeouts.frame_s,
         )
         # Compiled, where no run on this machine has done so, before the first frame waits for it.
-        kernels_for(self._engine.device)
+        prepare_kernels(self._engine.device)
         self._saver = AsyncSaver()
         # What was last asked and answered, so that the same order gets the same report.
         self._last_step: tuple[StepOrder, StepReport] | None = None

@@ -48,6 +48,12 @@ def kernels_for(device: torch.device) -> Kernels:
     return _cuda_kernels() if device.type == "cuda" else host_kernels()
 
 
+def prepare_kernels(device: torch.device) -> None:
+    """Build all that frames from and to this device need: its own backend, and the CPU's, which verifies what comes."""
+    kernels_for(device)
+    host_kernels()
+
+
 @cache
 def host_kernels() -> Kernels:
     """Return the CPU's backend: compiled once for this machine, plain torch with a warning where that cannot be."""

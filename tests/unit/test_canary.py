@@ -10,6 +10,7 @@ import torch
 
 from actors.canary import compare
 from actors.codecs import CODECS
+from actors.errors import ConfigError
 from actors.spec import CanaryReading, Kind, LinkCodecs
 from orchestrator.canary import StepDown, judge, with_step_downs
 from orchestrator.lifecycle import RunState, on_step_downs
@@ -109,3 +110,20 @@ def test_step_downs_stay_in_the_history_that_a_checkpoint_keeps() -> None:
         make_plan(2), (*state.history.step_downs, StepDown(source_stage=7, target_stage=8, codec="q8"))
     )
     assert plan.link_codecs == (LinkCodecs(forward="bf16", backward="q8"),)
+
+
+@pytest.mark.parametrize(
+    ("configured", "kept", "carried"),
+    [("none", "q8", "none"), ("bf16", "q8", "bf16"), ("q8", "q8", "q8"), ("q4", "q8", "q8"), ("hq4", "bf16", "bf16")],
+)
+def test_a_step_down_makes_no_link_harsher(configured: str, kept: str, carried: str) -> None:
+    (link,) = make_plan(2).links
+    plan = replace(make_plan(2), links=(replace(link, forward_codec=configured, backward_codec=configured),))
+    for ends in ((0, 1), (1, 0)):
+        plan = with_step_downs(plan, [StepDown(source_stage=ends[0], target_stage=ends[1], codec=kept)])
+    assert plan.link_codecs == (LinkCodecs(forward=carried, backward=carried),)
+
+
+def test_no_link_steps_down_to_what_is_no_milder_codec() -> None:
+    with pytest.raises(ConfigError, match="'zip' takes no codec's place"):
+        StepDown(source_stage=0, target_stage=1, codec="zip")

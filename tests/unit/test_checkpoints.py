@@ -116,6 +116,10 @@ HOSTILE = {
     "null model": (lambda d: d.update(model=None), "a NoneType as manifest.model"),
     "impossible model": (lambda d: d["model"].update(num_heads=0), "num_heads is 0"),
     "a run that is a path": (lambda d: d.update(run="../other"), "not a plain name"),
+    "a step-down to nothing": (
+        lambda d: d["history"].update(step_downs=[{"source_stage": 0, "target_stage": 1, "codec": "zip"}]),
+        r"step_downs\[0\] that cannot be: 'zip'",
+    ),
     "half a character": (lambda d: d.update(config="\ud800"), r"manifest\.config"),
     "infinite dollars": (lambda d: d.update(dollars=float("inf")), "not JSON"),
     "more dollars than a float holds": (lambda d: d.update(dollars=10**400), r"manifest\.dollars"),

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.kernels import reference
 from actors.kernels.cpu import GENERIC, NativeUnavailable, levels_here, levels_of, load_native
-from actors.kernels.dispatch import host_kernels
+from actors.kernels.dispatch import host_kernels, prepare_kernels
 
 ROOT = Path(__file__).parents[2]
 SUBPROCESS_TIMEOUT_S = 100.0
@@ -140,3 +141,11 @@ def test_no_sanitizer_finds_anything() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_gpus_stage_has_the_cpus_kernels_before_a_frame_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr("actors.kernels.dispatch._cuda_kernels", lambda: built.append("cuda"))
+    monkeypatch.setattr("actors.kernels.dispatch.host_kernels", lambda: built.append("cpu"))
+    prepare_kernels(torch.device("cuda"))
+    assert built == ["cuda", "cpu"]

@@ -220,6 +220,7 @@ def test_a_header_that_is_too_long_is_not_parsed() -> None:
         (b"[10]", b"[-1]", "describes no tensor"),
         (b"[10]", b"true", "describes no tensor"),
         (b"[10]", b"[[]]", "describes no tensor"),
+        (b'"tensors": [', b'"tensors": ["\\ud800", ', r"describes no tensor: '\\ud800'"),
         (b"[10]", b"[0, 99999999999999, 99999999999999]", "describes no tensor"),
         (b"float32", b"float3x", "describes no tensor"),
         (b'"base": null', b'"base": 1e99', "other keys"),

@@ -19,7 +19,15 @@ def test_a_link_may_have_codecs_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("link", "codecs"), [("1-3", "q8/q8"), ("2-1", "q8/q8"), ("first", "q8/q8"), ("0-1", "q8"), ("0-1", "q8/q8/q8")]
+    ("link", "codecs"),
+    [
+        ("1-3", "q8/q8"),
+        ("2-1", "q8/q8"),
+        ("00-01", "q8/q8"),
+        ("first", "q8/q8"),
+        ("0-1", "q8"),
+        ("0-1", "q8/q8/q8"),
+    ],
 )
 def test_what_names_no_link_is_refused_with_the_form(link: str, codecs: str) -> None:
     with pytest.raises(ConfigError, match=f"wire.links.{link}") as caught:
