@@ -43,7 +43,7 @@ class BatchSpec:
 class WireConfig:
     """How boundary tensors travel between stages."""
 
-    # What costs what in learning: docs/quality.md. Forward hq4 loses more than 1%, q8 both ways nothing that shows.
+    # What costs what in learning: docs/quality.md. Forward hq4 loses 3% and more, q8 both ways nothing that shows.
     forward: str = "q8"
     backward: str = "q8"
     # Of single links: "0-1": "q8/hq4-stochastic" is stage 0's forward and stage 1's backward codec. A link that the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ in nats a token, means over the seeds. A seed sets weights and order of tokens, 
 +- is half of a 95% interval: Student's t over the seeds of that row alone and, after the bar, with the spread of all
 rows taken as one (more degrees of freedom, but the rows of a seed share their baseline, so it is a guide only).
 Verdicts go by the first: *level* where all of the interval lies within {LEVEL_SHARE:.1%} of the loss, *worse* or
-*better* where it leaves out zero, else *not shown*."""
+*better* where it leaves out zero, else *not shown*. Losses on the way are of a part of the held-out tokens."""
 
 _PIPELINE_LEGEND = f"""\
 **(!)** marks a pair that loses more than {NO_DEFAULT_SHARE:.0%}: it is no default. Relative error and cosine compare
@@ -47,10 +47,12 @@ def markdown(summary: Summary) -> str:
         _pipeline_setting(summary),
         _pipeline_table(summary["pipeline"]["methods"]),
         _PIPELINE_LEGEND,
+        _gap_over_steps(summary["pipeline"]),
         "## Pseudo-gradients",
         _outer_setting(summary),
         _outer_table(summary["outer"]),
         _gap_over_rounds(summary["outer"]),
+        _skipped(summary["outer"]["methods"]),
         _lr_check(summary),
         "## What this cannot show",
         _LIMITS,
@@ -90,15 +92,15 @@ def _pipeline_table(methods: Mapping[str, Any]) -> str:
             f"{errors['activations']['relative_error']:.2%}, {errors['gradients']['relative_error']:.2%}",
             f"{errors['gradients']['cosine']:.5f}",
             difference["verdict"] if difference else "",
-            _use(difference),
+            _use(difference, sends_all=name == "none/none"),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _use(difference: Mapping[str, Any] | None) -> str:
-    """Return when a codec is for use, by the loss that it was seen to cost."""
-    if difference is None:
+def _use(difference: Mapping[str, Any] | None, *, sends_all: bool) -> str:
+    """Return when a codec is for use, by the loss that it was seen to cost; one that sends all bytes saves none."""
+    if difference is None or sends_all:
         return "near links"
     if difference["share"] > NO_DEFAULT_SHARE:
         return "only where nothing milder fits the link"
@@ -146,7 +148,7 @@ def _outer_table(part: Mapping[str, Any]) -> str:
             to_dense["verdict"] if to_dense else "",
             *_difference_cells(to_mean),
             to_mean["verdict"] if to_mean else "",
-            _use(to_dense),
+            _use(to_dense, sends_all=method["method"]["codec"] == "none"),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -160,18 +162,38 @@ def _difference_cells(difference: Mapping[str, Any] | None) -> tuple[str, str]:
     return f"{difference['mean']:+.4f}{interval}", f"{difference['share']:+.2%}"
 
 
+def _gap_over_steps(part: Mapping[str, Any]) -> str:
+    """Return how far each pair is behind none/none, as training goes on."""
+    names = [name for name in part["methods"] if name != "none/none"]
+    return _gaps(part["methods"], names, "none/none", part["recipe"]["num_steps"], "steps")
+
+
 def _gap_over_rounds(part: Mapping[str, Any]) -> str:
     """Return how far the sparse methods are behind their dense counterpart, as training goes on."""
-    marks = [round(part["num_rounds"] * share) for share in (0.25, 0.5, 0.75, 1.0)]
+    names = [name for name in part["methods"] if name.startswith("tk2")]
+    return _gaps(part["methods"], names, "dense-mean", part["num_rounds"], "rounds")
+
+
+def _gaps(methods: Mapping[str, Any], names: Sequence[str], baseline: str, total: int, unit: str) -> str:
+    marks = [round(total * share) for share in (0.25, 0.5, 0.75, 1.0)]
     rows = [
-        f"| behind `dense-mean` after | {' | '.join(f'{mark} rounds' for mark in marks)} |",
+        f"| behind `{baseline}` after | {' | '.join(f'{mark} {unit}' for mark in marks)} |",
         "|---|" + "---|" * len(marks),
     ]
-    for name in part["methods"]:
-        if name.startswith("tk2"):
-            gaps = dict(mean_gap(part["methods"], name, "dense-mean"))
-            rows.append(f"| `{name}` | {' | '.join(f'{gaps[mark]:+.4f}' for mark in marks)} |")
+    for name in names:
+        gaps = dict(mean_gap(methods, name, baseline))
+        rows.append(f"| `{name}` | {' | '.join(f'{gaps[mark]:+.4f}' for mark in marks)} |")
     return "\n".join(rows)
+
+
+def _skipped(methods: Mapping[str, Any]) -> str:
+    """Return which methods' runs had steps that the guard dropped, as it would in a real run."""
+    listed = [
+        f"`{name}` {', '.join(map(str, method['skipped_steps']))}"
+        for name, method in methods.items()
+        if any(method["skipped_steps"])
+    ]
+    return f"Local steps that the guard dropped, of all replicas, by seed: {'; '.join(listed) or 'none'}."
 
 
 def _lr_check(summary: Summary) -> str:

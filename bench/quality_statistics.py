@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 # The 97.5% point of Student's t distribution, by degrees of freedom from 1 on.
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+_T_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 # A difference within this share of the baseline's loss is none that matters.
 LEVEL_SHARE = 0.005
 
@@ -70,7 +74,8 @@ def _pooled_half_width(by_method: Sequence[tuple[float, ...]]) -> float | None:
 
 
 def _half_width(spread: float, *, freedom: int, num_seeds: int) -> float:
-    return _T_975[freedom - 1] * math.sqrt(spread / num_seeds)
+    # Beyond the table the last one is a little too wide.
+    return _T_975[min(freedom, len(_T_975)) - 1] * math.sqrt(spread / num_seeds)
 
 
 def verdict(mean: float, half_width: float | None, level: float) -> str:

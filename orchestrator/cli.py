@@ -29,7 +29,7 @@ codecs: wire.forward= and wire.backward=, or for one link wire.links.0-1=FORWARD
   none, bf16                     32 or 16 bits an element
   q8                             8.125 bits; learns as none does; what is used where nothing is set
   backward hq4-stochastic        4.125 bits; about 0.2% more loss
-  forward hq4 (or q4)            4.125 bits; about 3% more loss in a short run: only where no other hides the link
+  forward hq4 (or q4)            4.125 bits; 3% more loss after 320 steps, and growing: where no other fits the link
   docs/quality.md says how this was measured"""
 _OVERLAYS = "*.yaml files, merged left to right, then a.b=c"
 _PREPARE_EXAMPLE = "data prepare 'corpus/*.jsonl.gz' --out data/corpus --vocab-size 32000"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,13 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert found["a"].pooled_half_width == pytest.approx(0.1963, abs=1e-3)
 
 
+def test_many_seeds_have_an_interval_too() -> None:
+    seeds = [float(seed % 3) for seed in range(40)]
+    losses = {"none": [1.0] * 40, "a": seeds, "b": seeds}
+    # 1.96 for as many as there are, 2.042 for 31.
+    assert 1.96 < (differences(losses, "none")["a"].half_width or 0) / (statistics.stdev(seeds) / 40**0.5) < 2.05
+
+
 @pytest.mark.parametrize(
     ("mean", "half_width", "expected"),
     [
@@ -192,17 +200,28 @@ def made_up(case: Case) -> Measured:
         marks = range(case.recipe.curve_every, case.recipe.num_steps + 1, case.recipe.curve_every)
     else:
         marks = range(case.recipe.curve_every, case.num_rounds + 1, case.recipe.curve_every)
-    return Measured(final_loss=loss, curve=[(mark, loss) for mark in marks], num_skipped=0, codec_errors=errors)
+    return Measured(
+        final_loss=loss,
+        curve=[(mark, loss) for mark in marks],
+        num_skipped=int(case.name == "tk2"),
+        codec_errors=errors,
+    )
 
 
 def test_the_report_marks_the_pair_that_loses_more_than_a_percent(tmp_path: Path) -> None:
     manifest = write_data(str(tmp_path / "data"), np.arange(200), np.arange(100))
     summary = summarise({case: made_up(case) for case in full_cases()}, manifest)
-    rows = {line.split("`")[1]: line for line in markdown(summary).splitlines() if line.startswith("| `")}
+    page = markdown(summary).splitlines()
+    rows = {line.split("`")[1]: line for line in reversed(page) if line.startswith("| `")}
     assert "**(!)**" in rows["hq4/hq4"]
     assert "+2.00%" in rows["hq4/hq4"]
     assert [name for name, row in rows.items() if "(!)" in row] == ["hq4/hq4"]
     assert "level" in rows["q8/q8"]
+    # Whoever sends every byte spares a thin link nothing.
+    assert all(rows[name].endswith("| near links |") for name in ("none/none", "dense", "dense-mean"))
+    behind = [line for line in page if line.startswith("| `hq4/hq4` | ")][-1]
+    assert behind == "| `hq4/hq4` | +0.0840 | +0.0840 | +0.0840 | +0.0840 |"
+    assert "by seed: `tk2` 1, 1, 1." in "\n".join(page)
     # 8.125 bits against 16, the trailer aside.
     assert "50.8%, 50.8%" in rows["q8/q8"]
     picture(summary, tmp_path / "quality.png")
