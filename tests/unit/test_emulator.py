@@ -130,6 +130,13 @@ def test_any_number_of_elements_is_encoded_and_decoded(library: ctypes.CDLL, bit
     assert torch.equal(into_N, expected_N)
 
 
+def test_no_elements_are_chunks_too(library: ctypes.CDLL) -> None:
+    kernels, empty_N = CudaKernels(EmulatedLauncher(library, schedule=1)), torch.zeros(0)
+    payload_N = kernels.encode_chunks(empty_N, torch.zeros(0), 0.95, TK2)
+    assert torch.equal(payload_N, reference.encode_chunks(empty_N, torch.zeros(0), 0.95, TK2))
+    kernels.add_chunks(payload_N, empty_N, TK2)
+
+
 @pytest.mark.parametrize("form", CHUNK_FORMS, ids=str)
 def test_chunks_are_encoded_as_specified(library: ctypes.CDLL, form: ChunkForm) -> None:
     expected = encode_chunks_by_reference(form)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.kernels import reference
 from actors.kernels.cpu import GENERIC, NativeUnavailable, levels_here, levels_of, load_native
 from actors.kernels.dispatch import host_kernels
+from actors.kernels.layout import BlockForm
 
 ROOT = Path(__file__).parents[2]
 SUBPROCESS_TIMEOUT_S = 100.0
+Q8 = BlockForm(bits=8)
 # Compiles in a moment.
 FAST = ("-O0",)
 
@@ -110,10 +115,32 @@ def test_the_compiler_s_complaint_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["file/cache", "long" * 100], ids=["in a file", "not even looked into"])
+def test_a_cache_that_cannot_be_used_costs_a_build_but_not_the_library(tmp_path: Path, cache: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NativeUnavailable, match=r"file.* cannot be written"):
-        load_native(cache=tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match=r"cannot be used .*compiles the codecs anew; set ISTHMUS_CACHE"):
+        kernels = load_native(levels_here()[0], cache=tmp_path / cache, options=FAST)
+    source_N = torch.linspace(-3.0, 5.0, 1000)
+    assert torch.equal(kernels.encode_blocks(source_N, Q8, 0), reference.encode_blocks(source_N, Q8, 0))
+
+
+@needs_compiler
+def test_where_nothing_can_be_written_codecs_run_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with (
+        pytest.warns(UserWarning, match="set ISTHMUS_CACHE"),
+        pytest.raises(NativeUnavailable, match="no folder can be written to compile in"),
+    ):
+        load_native(levels_here()[0], cache=tmp_path / "file" / "cache", options=FAST)
+
+
+@needs_compiler
+def test_machines_of_another_kind_do_not_share_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        load_native(GENERIC, cache=tmp_path, options=FAST)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @needs_compiler
