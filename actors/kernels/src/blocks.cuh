@@ -55,9 +55,7 @@ template <int kBits>
 ISTHMUS_BOTH int32_t stochastic(float value, float inverse, uint32_t random) {
   constexpr float kLargest = (1 << (kBits - 1)) - 1;
   const float scaled = product(value, inverse);
-  const float whole = floorf(scaled);
-  // Not fmaxf: g++ calls it, an element at a time.
-  const float below = whole > -kLargest ? whole : -kLargest;
+  const float below = larger(floorf(scaled), -kLargest);
   const uint32_t threshold = static_cast<uint32_t>(static_cast<int32_t>(product(sum(scaled, -below), 65536.0f)));
   return static_cast<int32_t>(below) + (threshold > random ? 1 : 0);
 }
