@@ -117,7 +117,7 @@ def chunk_work(kernels: Kernels, delta_N: torch.Tensor) -> list[Work]:
             moved_bytes=3 * delta_N.nbytes + payload_bytes,
         ),
         Work(
-            name="float32 tk2 scatter",
+            name="float32 tk2 decode and add",
             call=lambda: kernels.add_chunks(payload_N, into_N, TK2),
             moved_bytes=payload_bytes + touched_bytes,
         ),
@@ -206,7 +206,11 @@ def run_sanitizer() -> dict[str, str]:
     outcomes: dict[str, str] = {}
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", *tests]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_TIMEOUT_S, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            outcomes[tool] = f"not done in {SANITIZER_TIMEOUT_S:.0f} s"
+            continue
         outcomes[tool] = "clean" if done.returncode == 0 else f"exit code {done.returncode}: {done.stdout[-400:]}"
     return outcomes
 

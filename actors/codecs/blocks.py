@@ -15,7 +15,8 @@ class BlockCodec:
     """Block quantisation to 8 or 4 bits, optionally after a randomised Hadamard rotation, optionally stochastic.
 
     To nearest, every element lies within half a step in the domain that was rounded, and what was decoded encodes to
-    the same payload again. The rotation spreads outliers over their block: QuIP#, arXiv 2402.04396.
+    the same payload again, but at the very ends of the range. The rotation spreads outliers over their block: QuIP#,
+    arXiv 2402.04396.
     """
 
     roles = frozenset({TensorRole.ACTIVATION, TensorRole.GRADIENT, TensorRole.PSEUDO_GRADIENT})

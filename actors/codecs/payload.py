@@ -18,7 +18,8 @@ def of_size(payload: memoryview, codec: str, num_elements: int, size_bytes: int)
     """Return a payload's bytes as a tensor that shares them; FrameCorrupt where they are too few or too many."""
     if len(payload) != size_bytes:
         raise _corrupt(codec, f"it has {len(payload)} bytes, {num_elements} elements take {size_bytes}")
-    return torch.frombuffer(payload, dtype=torch.uint8)
+    # torch makes no view of nothing.
+    return torch.frombuffer(payload, dtype=torch.uint8) if size_bytes else torch.empty(0, dtype=torch.uint8)
 
 
 def checked(payload: memoryview, codec: str, form: BlockForm | ChunkForm, num_elements: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
@@ -172,7 +173,8 @@ def load_native(level: str | None = None, *, cache: Path | None = None, options:
     """Return the CPU library, built by g++ unless it lies in the cache.
 
     Of the best level that this processor runs and the compiler can build, or of the one asked for; `options` are the
-    compiler's, besides the usual ones. Raises NativeUnavailable.
+    compiler's, besides the usual ones. Where the cache cannot be used, warns and builds for this process alone. Raises
+    NativeUnavailable.
     """
     compiler = shutil.which("g++")
     if compiler is None:
@@ -180,7 +182,7 @@ def load_native(level: str | None = None, *, cache: Path | None = None, options:
     reasons: list[str] = []
     for candidate in [level] if level else levels_here():
         try:
-            return _load(_build(compiler, candidate, cache or cache_folder(), options), candidate)
+            return _load_level(compiler, candidate, cache or cache_folder(), options)
         except NativeUnavailable as error:
             reasons.append(str(error))
     # Levels may fail for the same reason.
@@ -205,38 +207,57 @@ def levels_of(cpuinfo: str) -> list[str]:
     return [*levels, GENERIC]
 
 
-def _build(compiler: str, level: str, cache: Path, options: Sequence[str]) -> Path:
+def _load_level(compiler: str, level: str, cache: Path, options: Sequence[str]) -> NativeKernels:
     """Return the library of a level, compiled now if it was not before; NativeUnavailable."""
     architecture = () if level == GENERIC else (f"-march={level}",)
     options = (*OPTIONS, *architecture, *options)
     library = cache / f"cpu-{level}-{_fingerprint(compiler, options)}.so"
-    if not library.exists():
-        _compile(compiler, options, library)
-    return library
+    try:
+        if not library.exists():
+            _compile(compiler, options, library)
+    except OSError as error:
+        warnings.warn(
+            f"{cache} cannot be used ({error.strerror}), so that each process compiles the codecs anew; "
+            "set ISTHMUS_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+        return _load_uncached(compiler, options, library.name, level)
+    return _load(library, level)
+
+
+def _load_uncached(compiler: str, options: Sequence[str], name: str, level: str) -> NativeKernels:
+    """Compile to a folder that goes when the library is loaded; NativeUnavailable."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / name
+            _compile(compiler, options, library)
+            return _load(library, level)
+    except OSError as error:
+        raise NativeUnavailable(f"no folder can be written to compile in: {error.strerror}") from error
 
 
 def _fingerprint(compiler: str, options: Sequence[str]) -> str:
-    """Return a name for what this compiler makes of the sources with these options."""
+    """Return a name for what this compiler makes of the sources with these options, on a processor of this kind."""
     digest = hashlib.sha256(_run([compiler, "--version"]).encode())
-    digest.update("\0".join(options).encode())
+    digest.update("\0".join((platform.machine(), *options)).encode())
     for source in sorted(path for pattern in _OURS for path in SOURCES.glob(pattern)):
         digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return digest.hexdigest()
 
 
 def _compile(compiler: str, options: Sequence[str], library: Path) -> None:
-    """Write a library as a whole or not at all, though several processes do so at once or the power fails."""
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = Path(scratch) / library.name
-            sources = [str(source) for source in sorted(SOURCES.glob("cpu_*.cpp"))]
-            _run([compiler, *options, *sources, "-o", str(made)])
-            with made.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(made, library)
-    except OSError as error:
-        raise NativeUnavailable(f"{library.parent} cannot be written: {error.strerror}") from error
+    """Write a library as a whole or not at all, though several processes do so at once or the power fails.
+
+    NativeUnavailable where the compiler fails, OSError where the folder cannot be written.
+    """
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        sources = [str(source) for source in sorted(SOURCES.glob("cpu_*.cpp"))]
+        _run([compiler, *options, *sources, "-o", str(made)])
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, library)
 
 
 def _run(command: list[str]) -> str:

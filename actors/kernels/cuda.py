@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class CudaKernels:
 
     def encode_blocks(self, source_N: torch.Tensor, form: BlockForm, seed: int) -> torch.Tensor:
         device, num_elements = source_N.device, len(source_N)
+        if form.stochastic and not 0 <= seed < 1 << 32:
+            raise ValueError(f"a seed has 32 bits, {seed} has more")
         source_N = _aligned(_checked(source_N, "source", (torch.float32, torch.bfloat16), (num_elements,), device))
         payload_N = torch.empty(form.payload_bytes(num_elements), dtype=torch.uint8, device=device)
         self._launcher.launch(
@@ -242,8 +245,8 @@ def _aligned_base(
 def compile_kernels(arch: str, cache: Path) -> ObjectCode:
     """Return all kernels compiled for an architecture, such as "sm_90"; from the cache where they lie there.
 
-    Needs NVRTC but no driver. The cache's key covers sources, options, architecture and NVRTC's version. Raises
-    CudaUnavailable.
+    Needs NVRTC but no driver. The cache's key covers sources, options, architecture and NVRTC's version; one that
+    cannot be used is passed over with a warning. Raises CudaUnavailable.
     """
     _require_cuda_core()
     from cuda.core import ObjectCode, Program, ProgramOptions  # pyright: ignore[reportMissingImports]
@@ -263,15 +266,20 @@ def compile_kernels(arch: str, cache: Path) -> ObjectCode:
         key = make_program_cache_key(
             code=source, code_type="c++", options=options, target_type="cubin", extra_digest=headers.digest()
         )
-        with FileStreamProgramCache(cache) as programs:
-            if (cubin := programs.get(key)) is None:
-                programs[key] = compiled = Program(source, "c++", options).compile("cubin")
-                return compiled
-            return ObjectCode.from_cubin(cubin)
-    except OSError as error:
-        raise CudaUnavailable(
-            f"compiled kernels cannot be kept in {cache}: {error.strerror}; set ISTHMUS_CACHE to a folder to write to"
-        ) from error
+        compiled = None
+        try:
+            with FileStreamProgramCache(cache) as programs:
+                if (cubin := programs.get(key)) is not None:
+                    return ObjectCode.from_cubin(cubin)
+                compiled = Program(source, "c++", options).compile("cubin")
+                programs[key] = compiled
+        except OSError as error:
+            warnings.warn(
+                f"{cache} cannot be used ({error.strerror}), so that each process compiles the kernels anew; "
+                "set ISTHMUS_CACHE to a folder that can be written",
+                stacklevel=2,
+            )
+        return compiled or Program(source, "c++", options).compile("cubin")
     except _build_errors() as error:
         raise CudaUnavailable(
             f"NVRTC cannot compile the kernels for {arch}: {_in_a_line(error)}; {_REINSTALL}"
@@ -325,21 +333,34 @@ class CudaLauncher:
         self._loaded: dict[tuple[str, int], _Loaded] = {}
         # By device and stream: a launch's sums must not meet those of a launch beside it.
         self._streams: dict[tuple[int, int], _StreamState] = {}
-        # Now, so that what is missing is told before a run needs it.
-        self._code_of(torch.cuda.current_device())
+        # Now, so that what is missing, or a driver that refuses the code, is told before a run needs it.
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._load_on(encode_kernel(torch.float32, BlockForm(bits=8)), device)
 
     def scratch(self, device: torch.device) -> torch.Tensor:
         return self._stream_state(device).scratch
 
     def launch(self, kernel: str, num_tiles: int, device: torch.device, *arguments: Argument) -> None:
-        from cuda.core import Device, LaunchConfig, launch  # pyright: ignore[reportMissingImports]
+        from cuda.core import LaunchConfig, launch  # pyright: ignore[reportMissingImports]
 
         with torch.cuda.device(device):
-            # A thread that never called CUDA has no context yet, and torch makes none for memory that it had.
-            Device(_index(device)).set_current()
-            loaded = self._load(kernel, _index(device))
+            loaded = self._load_on(kernel, device)
             config = LaunchConfig(grid=max(1, min(num_tiles, loaded.max_ctas)), block=THREADS)
             launch(self._stream_state(device).stream, config, loaded.kernel, *arguments)
+
+    def _load_on(self, kernel: str, device: torch.device) -> _Loaded:
+        """Return a kernel of torch's current device, which is made cuda.core's current one too; CudaUnavailable."""
+        from cuda.core import Device  # pyright: ignore[reportMissingImports]
+
+        try:
+            # A thread that never called CUDA has no context yet, and torch makes none for memory that it had.
+            Device(_index(device)).set_current()
+            return self._load(kernel, _index(device))
+        except _build_errors() as error:
+            raise CudaUnavailable(
+                f"the driver cannot load the kernels compiled for {torch.cuda.get_device_name(device)}: "
+                f"{_in_a_line(error)}; update the driver, or {_REINSTALL}"
+            ) from error
 
     def _stream_state(self, device: torch.device) -> _StreamState:
         from cuda.core import Stream  # pyright: ignore[reportMissingImports]
@@ -359,14 +380,8 @@ class CudaLauncher:
             return loaded
         code = self._code_of(device)
         with self._lock:
-            try:
-                found = code.get_kernel(kernel)
-                ctas = found.occupancy.max_active_blocks_per_multiprocessor(THREADS, 0)
-            except _build_errors() as error:
-                raise CudaUnavailable(
-                    f"the driver cannot load the kernels compiled for {torch.cuda.get_device_name(device)}: "
-                    f"{_in_a_line(error)}; update the driver, or {_REINSTALL}"
-                ) from error
+            found = code.get_kernel(kernel)
+            ctas = found.occupancy.max_active_blocks_per_multiprocessor(THREADS, 0)
             num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             loaded = _Loaded(kernel=found, max_ctas=ctas * num_multiprocessors)
             self._loaded[kernel, device] = loaded

@@ -307,7 +307,7 @@ def _records(
     if form.bits == 2:
         bits[:, values + 2 * rank_K + 1] = is_high_CK.to(torch.uint8)
     weights = 1 << torch.arange(8)
-    return (bits.view(len(kept_CK), -1, 8) * weights).sum(dim=2).to(torch.uint8)
+    return (bits.view(len(kept_CK), form.record_bytes, 8) * weights).sum(dim=2).to(torch.uint8)
 
 
 def _bits_of(records: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from actors.spec import TensorRole
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = ((1,), (7,), (2, 3, 5), (1, 128, 3), (2, 4, 512))
+SHAPES = ((0,), (1,), (7,), (2, 3, 5), (1, 128, 3), (2, 4, 512))
 # Of a codec that keeps every element: relative L2 error of Gaussian values at most, with some room for small tensors.
 MOST_ERROR = {"none": 0.0, "bf16": 0.004, "q8": 0.01, "hq4": 0.16, "hq4-stochastic": 0.23, "q4": 0.16}
 MOST_ERROR["q4-stochastic"] = 0.23

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.kernels import cuda, dispatch
 from actors.kernels.cuda import (
     ENTRY,
     SOURCES,
@@ -81,16 +83,37 @@ def test_nvrtc_compiles_without_a_driver_and_the_cache_keeps_it(tmp_path: Path) 
     assert entry.stat().st_mtime_ns == made_at
 
 
-def test_an_unknown_architecture_and_an_unwritable_cache_say_what_to_do(tmp_path: Path) -> None:
+def test_an_unknown_architecture_says_what_to_do_and_an_unusable_cache_costs_a_compilation(tmp_path: Path) -> None:
     pytest.importorskip("cuda.core.utils", reason="needs cuda-core, cuda-bindings and nvidia-cuda-nvrtc")
     with pytest.raises(CudaUnavailable, match=r"sm_12345.*install cuda-core"):
         compile_kernels("sm_12345", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CudaUnavailable, match="set ISTHMUS_CACHE"):
-        compile_kernels("sm_90", tmp_path / "file")
+    with pytest.warns(UserWarning, match="cannot be used .*set ISTHMUS_CACHE"):
+        compiled = compile_kernels("sm_90", tmp_path / "file")
+    assert b"encode_8_float32" in compiled.code
 
 
 def test_a_machine_without_cuda_core_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
     with pytest.raises(CudaUnavailable, match="install cuda-core"):
         CudaLauncher()
+
+
+def test_where_the_driver_refuses_the_kernels_codecs_run_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Exception):
+        pass
+
+    def refuse(kernel: str) -> None:
+        raise Refused("CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    device = SimpleNamespace(set_current=lambda: None)
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=lambda index: device))
+    monkeypatch.setattr(cuda, "_require_cuda_core", lambda: None)
+    monkeypatch.setattr(cuda, "_build_errors", lambda: (Refused,))
+    monkeypatch.setattr(cuda, "compile_kernels", lambda arch, cache: SimpleNamespace(get_kernel=refuse))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with pytest.warns(UserWarning, match=r"run on the CPU: the driver cannot load .*NO_BINARY.*update the driver"):
+        kernels = dispatch._cuda_kernels.__wrapped__()
+    assert kernels.name.endswith("by way of the host")

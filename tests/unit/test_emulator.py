@@ -130,6 +130,13 @@ def test_any_number_of_elements_is_encoded_and_decoded(library: ctypes.CDLL, bit
     assert torch.equal(into_N, expected_N)
 
 
+def test_no_elements_are_chunks_too(library: ctypes.CDLL) -> None:
+    kernels, empty_N = CudaKernels(EmulatedLauncher(library, schedule=1)), torch.zeros(0)
+    payload_N = kernels.encode_chunks(empty_N, torch.zeros(0), 0.95, TK2)
+    assert torch.equal(payload_N, reference.encode_chunks(empty_N, torch.zeros(0), 0.95, TK2))
+    kernels.add_chunks(payload_N, empty_N, TK2)
+
+
 @pytest.mark.parametrize("form", CHUNK_FORMS, ids=str)
 def test_chunks_are_encoded_as_specified(library: ctypes.CDLL, form: ChunkForm) -> None:
     expected = encode_chunks_by_reference(form)
@@ -183,6 +190,8 @@ def test_a_wrong_tensor_is_refused_before_anything_runs(library: ctypes.CDLL) ->
         kernels.decode_blocks(payload_N, torch.zeros(1000), form, accumulate=False)
     with pytest.raises(ValueError, match="source is"):
         kernels.encode_blocks(torch.zeros(1000, dtype=torch.float64), form, seed=0)
+    with pytest.raises(ValueError, match="32 bits"):
+        kernels.encode_blocks(torch.zeros(1000), BlockForm(bits=8, stochastic=True), seed=1 << 32)
     with pytest.raises(ValueError, match="residual is"):
         kernels.encode_chunks(torch.zeros(1000), torch.zeros(999), 0.9, TK2)
 
@@ -264,12 +273,27 @@ def test_a_store_out_of_bounds_is_noticed(tmp_path: Path) -> None:
     assert "heap-buffer-overflow" in done.stderr
 
 
+RUNS_WITH_BARRIERS: list[Run] = [
+    TK2_RUN,
+    (encode_kernel(torch.float32, Q8), NUM_ELEMENTS, 4 * NUM_ELEMENTS, Q8.payload_bytes(NUM_ELEMENTS)),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "start"), barriers())
 def test_a_removed_barrier_is_noticed(sanitized: Path, tmp_path: Path, file: str, start: int) -> None:
     program = build_program(tmp_path, "-O0", kernels=without_barrier(tmp_path, file, start))
-    runs = [TK2_RUN, (encode_kernel(torch.float32, Q8), NUM_ELEMENTS, 4 * NUM_ELEMENTS, Q8.payload_bytes(NUM_ELEMENTS))]
-    right = run_program(sanitized, runs, schedule=0)
+    right = run_program(sanitized, RUNS_WITH_BARRIERS, schedule=0)
     assert right.returncode == 0
     # Other bytes, a report, or a crash.
-    assert any(run_program(program, runs, schedule).stdout != right.stdout for schedule in SCHEDULES)
+    assert any(run_program(program, RUNS_WITH_BARRIERS, schedule).stdout != right.stdout for schedule in SCHEDULES)
+
+
+@pytest.mark.slow
+def test_with_all_barriers_no_schedule_gives_other_bytes(sanitized: Path, tmp_path: Path) -> None:
+    # What the test above sees is the barrier, then, and neither the schedule nor how the program was built.
+    program = build_program(tmp_path, "-O0")
+    right = run_program(sanitized, RUNS_WITH_BARRIERS, schedule=0)
+    for schedule in SCHEDULES:
+        done = run_program(program, RUNS_WITH_BARRIERS, schedule)
+        assert (done.returncode, done.stdout) == (0, right.stdout), f"schedule {schedule}"

@@ -78,7 +78,7 @@ def test_blocks_are_the_specification_s(natives: list[Kernels], num_elements: in
     require_same_blocks_on_nasty(natives, [num_elements])
 
 
-@pytest.mark.parametrize("num_elements", [1, 63, 4096, 2 * 4096 + 5])
+@pytest.mark.parametrize("num_elements", [0, 1, 63, 4096, 2 * 4096 + 5])
 def test_chunks_are_the_specification_s(natives: list[Kernels], num_elements: int) -> None:
     require_same_chunks_on_nasty(natives, [num_elements])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ import torch
 from actors.kernels import reference
 from actors.kernels.cpu import GENERIC, NativeUnavailable, levels_here, levels_of, load_native
 from actors.kernels.dispatch import host_kernels, prepare_kernels
+from actors.kernels.layout import BlockForm
 
 ROOT = Path(__file__).parents[2]
 SUBPROCESS_TIMEOUT_S = 100.0
+Q8 = BlockForm(bits=8)
 # Compiles in a moment.
 FAST = ("-O0",)
 
@@ -79,6 +83,18 @@ def test_processes_may_build_at_once(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
 
 
+@needs_compiler
+@pytest.mark.skipif(levels_here() == [GENERIC], reason="needs an x86-64 processor of level v2 or above")
+def test_no_element_costs_a_call(tmp_path: Path) -> None:
+    load_native(levels_here()[0], cache=tmp_path)
+    (library,) = tmp_path.iterdir()
+    # What is called of the mathematics library is not in vectors: five times slower.
+    called = {
+        name for name in (b"fmaxf", b"fminf", b"floorf", b"fabsf", b"fmaf") if name + b"\0" in library.read_bytes()
+    }
+    assert not called
+
+
 def fake_compiler(folder: Path, script: str) -> None:
     (folder / "g++").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "g++").chmod(0o755)
@@ -111,10 +127,32 @@ def test_the_compiler_s_complaint_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["file/cache", "long" * 100], ids=["in a file", "not even looked into"])
+def test_a_cache_that_cannot_be_used_costs_a_build_but_not_the_library(tmp_path: Path, cache: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NativeUnavailable, match=r"file.* cannot be written"):
-        load_native(cache=tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match=r"cannot be used .*compiles the codecs anew; set ISTHMUS_CACHE"):
+        kernels = load_native(levels_here()[0], cache=tmp_path / cache, options=FAST)
+    source_N = torch.linspace(-3.0, 5.0, 1000)
+    assert torch.equal(kernels.encode_blocks(source_N, Q8, 0), reference.encode_blocks(source_N, Q8, 0))
+
+
+@needs_compiler
+def test_where_nothing_can_be_written_codecs_run_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with (
+        pytest.warns(UserWarning, match="set ISTHMUS_CACHE"),
+        pytest.raises(NativeUnavailable, match="no folder can be written to compile in"),
+    ):
+        load_native(levels_here()[0], cache=tmp_path / "file" / "cache", options=FAST)
+
+
+@needs_compiler
+def test_machines_of_another_kind_do_not_share_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        load_native(GENERIC, cache=tmp_path, options=FAST)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @needs_compiler

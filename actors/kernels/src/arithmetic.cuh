@@ -81,6 +81,15 @@ ISTHMUS_BOTH float quotient(float a, float b) {
 #endif
 }
 
+// The larger of two numbers that are not both 0; `b` where `a` is NaN. Of fmaxf g++ makes a call an element.
+ISTHMUS_BOTH float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 ISTHMUS_BOTH float bfloat16_value(uint32_t bits) { return float_of(bits << 16); }
 
 // To nearest, ties to even; of finite values.

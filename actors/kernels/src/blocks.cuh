@@ -55,7 +55,7 @@ template <int kBits>
 ISTHMUS_BOTH int32_t stochastic(float value, float inverse, uint32_t random) {
   constexpr float kLargest = (1 << (kBits - 1)) - 1;
   const float scaled = product(value, inverse);
-  const float below = fmaxf(floorf(scaled), -kLargest);
+  const float below = larger(floorf(scaled), -kLargest);
   const uint32_t threshold = static_cast<uint32_t>(static_cast<int32_t>(product(sum(scaled, -below), 65536.0f)));
   return static_cast<int32_t>(below) + (threshold > random ? 1 : 0);
 }

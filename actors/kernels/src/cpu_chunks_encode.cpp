@@ -13,7 +13,8 @@ constexpr uint32_t kGuessMargin = 1u << 21;
 // Room for positions in a chunk, as `positions_of` wants it.
 constexpr int kPositionRoom = kChunk + kAtOnce;
 
-// beta * residual + delta as bits, filled with zeros to a chunk. Returns the largest key.
+// beta * residual + delta as bits, filled with zeros to a chunk. Returns the largest key. Of a last chunk only: a whole
+// one is added up while it is searched.
 static inline uint32_t add_feedback(const float* delta, const float* residual, int count, float beta, uint32_t* sums) {
   uint32_t largest = 0;
   for (int i = 0; i < count; i++) {
@@ -25,6 +26,32 @@ static inline uint32_t add_feedback(const float* delta, const float* residual, i
   return largest;
 }
 
+// The same of kAtOnce elements of a whole chunk, and their largest keys, lane by lane.
+struct LargestKeys {
+  static constexpr int kVectors = kAtOnce / kLanes<uint32_t>;
+  Vector<uint32_t> of_lane[kVectors] = {};
+
+  void add_feedback(const float* delta, const float* residual, float beta, uint32_t* sums) {
+#pragma GCC unroll 4
+    for (int at = 0; at < kVectors; at++) {
+      const int first = at * kLanes<uint32_t>;
+      const auto bits =
+          (Vector<uint32_t>)(load<Vector<float>>(residual + first) * beta + load<Vector<float>>(delta + first));
+      store(sums + first, bits);
+      const Vector<uint32_t> keys = bits & kAbs;
+      of_lane[at] = keys > of_lane[at] ? keys : of_lane[at];
+    }
+  }
+
+  uint32_t largest() const {
+    uint32_t found = 0;
+    for (const auto& lanes : of_lane) {
+      for (int lane = 0; lane < kLanes<uint32_t>; lane++) found = lanes[lane] > found ? lanes[lane] : found;
+    }
+    return found;
+  }
+};
+
 // The elements of a chunk that may be among its largest, ascending; their keys are filled up with zeros.
 struct Candidates {
   int count;
@@ -34,15 +61,15 @@ struct Candidates {
   int padded_count() const { return (count + kAtOnce - 1) / kAtOnce * kAtOnce; }
 };
 
-// All with keys from `guess` up, or from as much less as it takes to have `kept` of them.
-template <typename Meanwhile>
-static inline void find_candidates(const uint32_t* sums, int kept, uint32_t guess, Meanwhile meanwhile,
-                                   Candidates* found) {
+// All with keys from `guess` up, or from as much less as it takes to have `kept` of them. `before` is called as
+// `positions_of` says, the first time that all are searched.
+template <typename Before>
+static inline void find_candidates(const uint32_t* sums, int kept, uint32_t guess, Before before, Candidates* found) {
   found->at_least = guess;
-  for (uint32_t less = kGuessMargin;; less *= 2) {
-    found->count = positions_of(sums, kChunk, found->at_least, found->positions, meanwhile);
-    if (found->count >= kept) break;
+  found->count = positions_of(sums, kChunk, guess, found->positions, before);
+  for (uint32_t less = kGuessMargin; found->count < kept; less *= 2) {
     found->at_least = found->at_least > less ? found->at_least - less : 0;
+    found->count = positions_of(sums, kChunk, found->at_least, found->positions, [](int) {});
   }
   for (int i = 0; i < found->count; i++) found->keys[i] = sums[found->positions[i]] & kAbs;
   memset(found->keys + found->count, 0, kAtOnce * sizeof(uint32_t));
@@ -196,14 +223,10 @@ struct ChunkEncoder {
 
   // Write a record, and to the residual what it does not carry. False where the chunk cannot be encoded: neither is.
   bool encode(const float* delta, float* residual, int count, uint8_t* record) {
-    const uint32_t largest = add_feedback(delta, residual, count, beta, sums);
+    const uint32_t largest = count == kChunk ? add_and_search(delta, residual)
+                                             : add_feedback(delta, residual, count, beta, sums);
     if (largest >= kKeyLimit) return false;
-    // The next chunk is fetched, to the second cache, while this one is searched. A hint only: it may lie past the end.
-    const auto fetch_next = [=](int at) {
-      __builtin_prefetch(delta + kChunk + at, 0, 2);
-      __builtin_prefetch(residual + kChunk + at, 0, 2);
-    };
-    find_candidates(sums, layout.kept, guess, fetch_next, &candidates);
+    if (count < kChunk) find_candidates(sums, layout.kept, guess, [](int) {}, &candidates);
     const uint32_t threshold = find_threshold(candidates, layout.kept, largest);
     guess = threshold > kGuessMargin ? threshold - kGuessMargin : 0;
     Kept chosen;
@@ -213,6 +236,22 @@ struct ChunkEncoder {
     take_out_sent(chosen, levels, layout.kept, sums);
     memcpy(residual, sums, static_cast<size_t>(count) * sizeof(float));
     return true;
+  }
+
+ private:
+  // In one pass over a whole chunk, and return its largest key.
+  uint32_t add_and_search(const float* delta, const float* residual) {
+    LargestKeys keys;
+    // A copy: what is written to the sums might else be it.
+    const float factor = beta;
+    const auto add_next = [&, factor](int at) {
+      // The next chunk is fetched, to the second cache, meanwhile. A hint only: it may lie past the end.
+      __builtin_prefetch(delta + kChunk + at, 0, 2);
+      __builtin_prefetch(residual + kChunk + at, 0, 2);
+      keys.add_feedback(delta + at, residual + at, factor, sums + at);
+    };
+    find_candidates(sums, layout.kept, guess, add_next, &candidates);
+    return keys.largest();
   }
 };
 

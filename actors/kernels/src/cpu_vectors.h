@@ -80,17 +80,35 @@ static inline Vector<uint64_t> product_of_halves(Vector<uint64_t> lanes) {
 // How many keys are searched at once, whatever the processor.
 constexpr int kAtOnce = 16;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of each byte, where its set bits are: a byte for each place, ascending, the rest zeros.
+struct PlacesOfBits {
+  uint64_t of_mask[256];
+
+  PlacesOfBits() {
+    for (uint32_t mask = 0; mask < 256; mask++) {
+      of_mask[mask] = 0;
+      for (uint32_t place = 0, rank = 0; place < 8; place++) {
+        if (mask >> place & 1) of_mask[mask] |= static_cast<uint64_t>(place) << (8 * rank++);
+      }
+    }
+  }
+};
+
+static const PlacesOfBits kPlaces;
+#endif
+
 // Write, ascending, the positions of the floats whose key is `at_least`, and return how many. `floats` are their bits,
-// a multiple of kAtOnce of them; there is room for as many positions and kAtOnce more. `meanwhile` is called with each
-// kAtOnce-th position.
-template <typename Meanwhile>
-static inline int positions_of(const uint32_t* floats, int num_floats, uint32_t at_least, uint32_t* positions,
-                               Meanwhile meanwhile) {
+// a multiple of kAtOnce of them; there is room for as many positions and kAtOnce more. `before` is called with each
+// kAtOnce-th position, before the floats from there on are looked at: it may still write them.
+template <typename Before>
+__attribute__((always_inline)) static inline int positions_of(const uint32_t* floats, int num_floats, uint32_t at_least, uint32_t* positions,
+                               Before before) {
   int count = 0;
 #if defined(__AVX512F__)
   __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int first = 0; first < num_floats; first += kAtOnce) {
-    meanwhile(first);
+    before(first);
     const __m512i keys = _mm512_and_si512(_mm512_loadu_si512(floats + first), _mm512_set1_epi32(kAbs));
     const __mmask16 found = _mm512_cmpge_epu32_mask(keys, _mm512_set1_epi32(static_cast<int>(at_least)));
     // Compressed in a register: some processors take a hundred cycles to compress to memory.
@@ -98,9 +116,22 @@ static inline int positions_of(const uint32_t* floats, int num_floats, uint32_t 
     count += __builtin_popcount(found);
     position = _mm512_add_epi32(position, _mm512_set1_epi32(kAtOnce));
   }
+#elif defined(__AVX2__)
+  // Keys are positive as signed numbers too.
+  const __m256i below = _mm256_set1_epi32(static_cast<int>(at_least) - 1), abs = _mm256_set1_epi32(kAbs);
+  for (int first = 0; first < num_floats; first += kAtOnce) {
+    before(first);
+    for (int at = first; at < first + kAtOnce; at += 8) {
+      const __m256i keys = _mm256_and_si256(load<__m256i>(floats + at), abs);
+      const int found = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(keys, below)));
+      const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPlaces.of_mask[found])));
+      store(positions + count, _mm256_add_epi32(places, _mm256_set1_epi32(at)));
+      count += __builtin_popcount(static_cast<unsigned>(found));
+    }
+  }
 #else
   for (int first = 0; first < num_floats; first += kAtOnce) {
-    meanwhile(first);
+    before(first);
     for (int at = first; at < first + kAtOnce; at++) {
       positions[count] = static_cast<uint32_t>(at);
       count += (floats[at] & kAbs) >= at_least;
