@@ -17,6 +17,7 @@ from actors.data import Microbatch
 from actors.errors import StageError
 from actors.model.decoder import DecoderStage, token_losses
 from actors.optim import OptimConfig, build_optimizer
+from actors.resident import ResidentMemory
 from actors.spec import Commit
 
 
@@ -32,9 +33,11 @@ class _InFlight:
 class StageEngine:
     """The layers of one stage with their optimizer, and the microbatches in flight."""
 
-    def __init__(self, model: DecoderStage, optim: OptimConfig) -> None:
+    def __init__(self, model: DecoderStage, optim: OptimConfig, resident: ResidentMemory | None = None) -> None:
+        """`resident` began before the model was built; without it, on CPU, what is built counts as idle."""
         self.model = model
         self.device = next(model.parameters()).device
+        self._resident = None if self.device.type == "cuda" else resident or ResidentMemory()
         self.params = model.named_global_parameters()
         self.optimizer = build_optimizer(model, optim)
         # How many steps have been committed into the weights.
@@ -118,6 +121,10 @@ class StageEngine:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def held_bytes(self) -> int:
+        """Return the peak over the idle process: on CUDA as `peak_memory_bytes`, on CPU since this stage was built."""
+        return self.peak_memory_bytes() if self._resident is None else self._resident.peak_bytes()
 
     def commit(self, commit: Commit) -> None:
         """Apply the step's gradients, scaled, or drop them; the weights are then version step + 1."""

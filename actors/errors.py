@@ -34,6 +34,10 @@ class PlanError(UserError):
     """The model fits no plan on this fleet."""
 
 
+class ScheduleError(UserError):
+    """A schedule leaves work out, does some twice, or has stages wait for each other."""
+
+
 class DataError(UserError):
     """Training data is missing, unreadable, corrupt, or not for this model."""
 

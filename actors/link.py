@@ -24,6 +24,7 @@ from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.frame import FrameHeader, rounding_seed, run_id, split_frame, wire_bytes
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
+from actors.outgoing import Answer, Frame, Pending, Send
 from actors.spec import CanaryReading, Kind, LinkCount
 
 # How soon a chunk goes out again where the peer had no room, twice as long each time, and at most.
@@ -63,45 +64,6 @@ class LinkSettings:
     canary_every: int = 0
 
 
-@dataclass(frozen=True)
-class _Send:
-    header: FrameHeader
-    codec: Codec
-    tensor: torch.Tensor
-    # On CUDA: when the tensor's values are there.
-    ready: torch.cuda.Event | None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    chunk: int
-    attempt: int
-    answer: Receipt | IsthmusError
-
-
-@dataclass(eq=False)
-class _Frame:
-    """A frame of which some chunks are not settled."""
-
-    kind: Kind
-    chunks_left: int
-
-
-@dataclass
-class _Pending:
-    """A chunk that is under way or waits to be repeated."""
-
-    frame: _Frame
-    chunk: bytes
-    # When to give up on the peer, and when to act next.
-    give_up_s: float
-    due_s: float
-    busy_retry_s: float
-    attempt: int = 0
-    # The last answer, where it was not a good one.
-    trouble: str = "it answers nothing"
-
-
 class Link:
     """An outbox to one peer. `send` returns at once; `on_failure(generation, error)` is called from its thread."""
 
@@ -114,9 +76,9 @@ class Link:
         self._run = run_id(settings.run)
         self._encoder = Encoder()
         # None only wakes the thread.
-        self._messages: queue.SimpleQueue[_Send | _Answer | None] = queue.SimpleQueue()
-        self._waiting: deque[tuple[_Frame, bytes]] = deque()
-        self._pending: dict[int, _Pending] = {}
+        self._messages: queue.SimpleQueue[Send | Answer | None] = queue.SimpleQueue()
+        self._waiting: deque[tuple[Frame, bytes]] = deque()
+        self._pending: dict[int, Pending] = {}
         self._in_flight_bytes = 0
         self._num_pushed = 0
         self._generation = 0
@@ -165,7 +127,7 @@ class Link:
             self._num_canaries_due += self._is_canary(header)
         wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
         self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
-        self._messages.put(_Send(header, codec, tensor, mark_ready(tensor)))
+        self._messages.put(Send(header, codec, tensor, mark_ready(tensor)))
 
     def wait_for_room(self, max_frames: int, timeout_s: float) -> None:
         """Wait until fewer frames than `max_frames` are queued or under way; PeerTimeout names the peer."""
@@ -249,13 +211,13 @@ class Link:
             self._on_failure(self._generation, broke)
             raise
 
-    def _handle(self, message: _Send | _Answer | None) -> None:
-        canary = message if isinstance(message, _Send) and self._is_canary(message.header) else None
+    def _handle(self, message: Send | Answer | None) -> None:
+        canary = message if isinstance(message, Send) and self._is_canary(message.header) else None
         payload = None
         try:
-            if isinstance(message, _Send):
+            if isinstance(message, Send):
                 payload = self._enqueue(message)
-            elif isinstance(message, _Answer):
+            elif isinstance(message, Answer):
                 self._settle(message)
             self._repeat_due()
             self._fill_window()
@@ -269,7 +231,7 @@ class Link:
             if canary is not None:
                 self._settle_canary()
 
-    def _next_message(self) -> _Send | _Answer | None:
+    def _next_message(self) -> Send | Answer | None:
         """Return the next message, or None when a chunk is due to be repeated, or the link was closed."""
         if not self._pending:
             return self._messages.get()
@@ -279,7 +241,7 @@ class Link:
         except queue.Empty:
             return None
 
-    def _enqueue(self, message: _Send) -> memoryview:
+    def _enqueue(self, message: Send) -> memoryview:
         """Encode a frame and let its chunks wait; return the payload, which the next call overwrites."""
         if message.header.generation > self._generation:
             self._generation = message.header.generation
@@ -289,7 +251,7 @@ class Link:
                 self._canaries.clear()
         payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
         chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
-        frame = _Frame(message.header.kind, len(chunks))
+        frame = Frame(message.header.kind, len(chunks))
         self._waiting.extend((frame, chunk) for chunk in chunks)
         return payload
 
@@ -299,7 +261,7 @@ class Link:
             return False
         return every > 0 and header.step % every == 0
 
-    def _read_canary(self, message: _Send, payload: memoryview) -> None:
+    def _read_canary(self, message: Send, payload: memoryview) -> None:
         """Compare a frame with its raw tensor, in this thread: compute goes on."""
         header = message.header
         relative_error, cosine = self._encoder.compare(message.codec, payload, message.tensor)
@@ -331,12 +293,12 @@ class Link:
             now_s = time.monotonic()
             self._num_pushed += 1
             give_up_s = now_s + self._settings.give_up_s
-            pending = _Pending(frame, chunk, give_up_s=give_up_s, due_s=now_s, busy_retry_s=_BUSY_RETRY_S)
+            pending = Pending(frame, chunk, give_up_s=give_up_s, due_s=now_s, busy_retry_s=_BUSY_RETRY_S)
             self._pending[self._num_pushed] = pending
             self._in_flight_bytes += size
             self._push(self._num_pushed, pending)
 
-    def _push(self, number: int, pending: _Pending) -> None:
+    def _push(self, number: int, pending: Pending) -> None:
         pending.attempt += 1
         if pending.attempt > 1:
             self._count(pending.frame.kind, wire=len(pending.chunk))
@@ -346,17 +308,15 @@ class Link:
         def settled(future: Future[Receipt]) -> None:
             error = future.exception()
             if error is None:
-                self._messages.put(_Answer(number, attempt, future.result()))
+                self._messages.put(Answer(number, attempt, future.result()))
             elif isinstance(error, IsthmusError):
-                self._messages.put(_Answer(number, attempt, error))
+                self._messages.put(Answer(number, attempt, error))
             else:
-                self._messages.put(
-                    _Answer(number, attempt, PeerLost(f"{self._carrier.peer} cannot be called: {error}"))
-                )
+                self._messages.put(Answer(number, attempt, PeerLost(f"{self._carrier.peer} cannot be called: {error}")))
 
         self._carrier.push(pending.chunk).add_done_callback(settled)
 
-    def _settle(self, message: _Answer) -> None:
+    def _settle(self, message: Answer) -> None:
         """Act on a receipt: done, send again later, or fail."""
         pending = self._pending.get(message.chunk)
         if pending is None:
@@ -369,14 +329,14 @@ class Link:
         elif pending.attempt == message.attempt:
             self._postpone(pending, answer)
 
-    def _finish(self, number: int, pending: _Pending) -> None:
+    def _finish(self, number: int, pending: Pending) -> None:
         del self._pending[number]
         self._in_flight_bytes -= len(pending.chunk)
         pending.frame.chunks_left -= 1
         if pending.frame.chunks_left == 0:
             self._make_room(1)
 
-    def _postpone(self, pending: _Pending, answer: Receipt | IsthmusError) -> None:
+    def _postpone(self, pending: Pending, answer: Receipt | IsthmusError) -> None:
         """Set when to send a chunk again, which its last attempt did not settle; raise where the peer is lost."""
         if isinstance(answer, PeerLost):
             raise answer

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import ray
 import ray.actor
@@ -20,23 +21,12 @@ import ray.exceptions
 import torch
 
 from actors.errors import IsthmusError, PeerError, PeerLost, PeerTimeout, StageError, StoreError
+from actors.fleet_spec import LinkCard, LinkProbeOrder, NodeCard, Offer, ProbeOrder
 from actors.link import Carrier
 from actors.mailbox import Receipt, Verdict
-from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
-from actors.spec import (
-    Assignment,
-    EvalOrder,
-    EvalReport,
-    LinkCard,
-    LinkProbeOrder,
-    LoadOrder,
-    NodeCard,
-    ProbeOrder,
-    SaveReport,
-    StepOrder,
-    StepReport,
-    StoreProbe,
-)
+from actors.probe import copy_mbps, device_name, fitting_sizes, free_memory_bytes, require_probe_memory
+from actors.probe_cache import cache_file, cached_time_parts
+from actors.spec import Assignment, EvalOrder, EvalReport, LoadOrder, SaveReport, StepOrder, StepReport, StoreProbe
 from actors.stage import Stage, pick_device
 from actors.store import check_store, open_store
 
@@ -76,12 +66,12 @@ class RayCarrier:
 class NodeActor:
     """One node of the fleet; may become one stage of one run."""
 
-    def __init__(self, node: str, region: str, num_threads: int, price_per_hour: float, num_sharing: int) -> None:
+    def __init__(self, node: str, region: str, num_threads: int, offer: Offer, num_sharing: int) -> None:
         """Stand for one place of `num_sharing` that share their machine's memory equally."""
         torch.set_num_threads(num_threads)
         self._node = node
         self._region = region
-        self._price_per_hour = price_per_hour
+        self._offer = offer
         self._num_sharing = num_sharing
         self._stage: Stage | None = None
 
@@ -100,6 +90,7 @@ class NodeActor:
         device = pick_device()
         memory_bytes = free_memory_bytes(device) // self._num_sharing
         require_probe_memory(order.model, order.batch, memory_bytes, self._node)
+        sizes = fitting_sizes(order.model, order.batch, order.microbatch_sizes, memory_bytes)
         return NodeCard(
             node=self._node,
             host=socket.gethostname(),
@@ -107,8 +98,23 @@ class NodeActor:
             device=device_name(device),
             boundary_bytes=2 if device.type == "cuda" else 4,
             memory_bytes=memory_bytes,
-            times=(time_parts(order.model, order.batch, device, time.perf_counter, document_mask=order.document_mask),),
-            price_per_hour=self._price_per_hour,
+            times=tuple(
+                cached_time_parts(
+                    cache_file(),
+                    order.model,
+                    replace(order.batch, microbatch_size=size),
+                    device,
+                    time.perf_counter,
+                    time.time(),
+                    document_mask=order.document_mask,
+                )
+                for size in sizes
+            ),
+            price_per_hour=self._offer.price_per_hour,
+            losses_per_hour=self._offer.losses_per_hour,
+            uplink_mbps=self._offer.uplink_mbps,
+            downlink_mbps=self._offer.downlink_mbps,
+            copy_mbps=copy_mbps(device, time.perf_counter),
         )
 
     def probe_link(self, order: LinkProbeOrder) -> LinkCard:

@@ -6,6 +6,7 @@ doing it twice is doing it once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Literal
@@ -37,100 +38,6 @@ ScheduleName = Literal["gpipe", "1f1b", "bdp", "bdp-split"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartTimes:
-    """Seconds of one microbatch of this many sequences in the model's parts on one node."""
-
-    microbatch_size: int
-    layer_forward_s: float
-    layer_backward_s: float
-    # Of the layer's backward, what makes the gradients of its weights: it may run later.
-    layer_weight_s: float
-    embedding_forward_s: float
-    embedding_backward_s: float
-    head_forward_s: float
-    head_backward_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeCard:
-    """What one node is and what it measured of itself on this model's own layers."""
-
-    node: str
-    host: str
-    region: str
-    device: str
-    # Element bytes of boundary tensors: 4 on CPU, 2 on CUDA.
-    boundary_bytes: int
-    # What training may use, of the device's memory.
-    memory_bytes: int
-    # One entry for each microbatch size that was timed.
-    times: tuple[PartTimes, ...]
-    price_per_hour: float = 0.0
-    # How often an hour a node like this one is lost: 1 / its mean life.
-    losses_per_hour: float = 0.0
-    # Between host and device, the slower way; 0: the device is the host, or it was not measured.
-    copy_mbps: float = 0.0
-    # All that the node may send, and take, at once, whoever the peers; 0: no limit is known.
-    uplink_mbps: float = 0.0
-    downlink_mbps: float = 0.0
-
-    def times_at(self, microbatch_size: int) -> PartTimes | None:
-        """Return what was timed with microbatches of this many sequences; None where nothing was."""
-        return next((times for times in self.times if times.microbatch_size == microbatch_size), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkCard:
-    """One direction between two nodes, as measured."""
-
-    source: str
-    target: str
-    delay_s: float
-    rate_mbps: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionLink:
-    """One direction from nodes of one region to nodes of another, or of the same: stands for links not measured."""
-
-    source: str
-    target: str
-    delay_s: float
-    rate_mbps: float
-    # All flows between the two regions together; 0: no limit is known.
-    shared_mbps: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fleet:
-    """What there is to train on: nodes in a fixed order, and the links that were measured, of nodes and of regions."""
-
-    nodes: tuple[NodeCard, ...]
-    links: tuple[LinkCard, ...]
-    regions: tuple[RegionLink, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeOrder:
-    """Measure yourself on this model and microbatch."""
-
-    model: ModelSpec
-    batch: BatchSpec
-    # Whether attention keeps to documents, which takes longer.
-    document_mask: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkProbeOrder:
-    """Measure your link to another node."""
-
-    target: str
-    actor_name: str
-    size_bytes: int
-    timeout_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """One stage: which layers, on which node, and what the planner expects of it."""
 
@@ -142,6 +49,18 @@ class StagePlan:
     memory_bytes: int
     memory_limit_bytes: int
     compute_s: float
+    # Further nodes with the same layers; the microbatches of a step that each takes, `node` first; how many of them
+    # each keeps in flight.
+    others: tuple[str, ...] = ()
+    shares: tuple[int, ...] = ()
+    in_flight: int = 0
+    # Why this node has these layers, in words.
+    why: str = ""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node that holds this stage."""
+        return (self.node, *self.others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +91,16 @@ class LinkCodecs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another plan, to compare with: why it is shown, and what it is expected to do."""
+
+    name: str
+    step_s: float
+    tokens_per_s: float
+    dollars_per_mtoken: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Who runs what: the planner's answer, saved as plan.json."""
 
@@ -185,6 +114,20 @@ class Plan:
     dollars_per_mtoken: float
     # What sets the step time: "stage 2 (node-1)" or "link 0 -> 1".
     binds: str
+    # How a step's sequences are cut; 0 in plans of before there was a choice.
+    microbatch_size: int = 0
+    num_microbatches: int = 0
+    # No plan for this fleet is faster once its pipeline is full: certified. NaN where that was not asked for.
+    bound_tokens_per_s: float = math.nan
+    # By which share its codecs raise the held-out loss, as measured on a small model; NaN where they were not.
+    loss_share: float = math.nan
+    # What a step adds to its steady pace: filling the pipeline, replicas' exchange, the commit's round trip.
+    fill_s: float = 0.0
+    sync_s: float = 0.0
+    commit_s: float = 0.0
+    alternatives: tuple[Alternative, ...] = ()
+    # What would help most, in words, best first.
+    advice: tuple[str, ...] = ()
 
     @property
     def link_codecs(self) -> tuple[LinkCodecs, ...]:
@@ -320,7 +263,8 @@ class EvalOrder:
 class ActionTime:
     """One thing that a stage did, in seconds from the step's start on that node."""
 
-    # "F", "B": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit. On CUDA compute is timed on
+    # "F", "B", "W": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit; "S": replicas exchange
+    # gradients. W, what makes weight gradients, and S are simulated so far. On CUDA compute is timed on
     # the device, which runs behind the host, so a wait may overlap with it.
     name: str
     microbatch: int
@@ -391,6 +335,8 @@ class StepReport:
     saves: tuple[SaveReport, ...]
     # Of the device, since the step began; on CPU the process's resident peak.
     peak_memory_bytes: int
+    # The same over the idle process; on CPU what is resident beyond what was before the stage was built.
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

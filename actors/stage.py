@@ -26,6 +26,7 @@ from actors.model.decoder import DecoderStage
 from actors.model.huggingface import load_weights
 from actors.model.init import initialise
 from actors.pipeline import EVAL_WINDOW, Moment, Outlet, Ports, Timeline, run_evaluation, run_step, total_s
+from actors.resident import ResidentMemory
 from actors.schedule import num_in_flight, stage_actions
 from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_limits
 from actors.spec import (
@@ -57,6 +58,7 @@ class Stage:
         """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage."""
         self._assignment = assignment
         own = assignment.own
+        resident = ResidentMemory()
         model = DecoderStage(
             assignment.model,
             own.layer_start,
@@ -64,7 +66,7 @@ class Stage:
             activation_checkpointing=assignment.activation_checkpointing,
             device=pick_device(),
         )
-        self._engine = StageEngine(model, assignment.optim)
+        self._engine = StageEngine(model, assignment.optim, resident)
         self._actions = stage_actions(
             assignment.plan.schedule, assignment.stage, assignment.num_stages, assignment.batch.num_microbatches
         )
@@ -250,6 +252,7 @@ class Stage:
             canaries=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_canaries(frame_s)),
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
+            held_bytes=engine.held_bytes(),
         )
 
     def _require_current(self, run: str, generation: int) -> None:

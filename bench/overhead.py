@@ -44,7 +44,7 @@ from orchestrator.config import RunConfig, load_config  # noqa: E402
 from orchestrator.fleet import open_fleet  # noqa: E402
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise  # noqa: E402
 from orchestrator.planner.plan import even_split  # noqa: E402
-from orchestrator.recipe import plan_fleet  # noqa: E402
+from orchestrator.recipe import plan_run  # noqa: E402
 from orchestrator.stages import Stages  # noqa: E402
 
 BOUNDS = {"over_plain": 0.9, "over_torch_pipeline": 1.0}
@@ -211,7 +211,7 @@ def processes(target: Callable[..., None], arguments: Callable[[int, list], tupl
 def isthmus(config: RunConfig) -> Iterator[RunStep]:
     """(c): the product's own stages on Ray, driven as the controller does, one commit a step."""
     with open_fleet(config.fleet, None, config.name, config.timeouts) as crew:
-        _, plan = plan_fleet(config, crew)
+        plan = plan_run(config, crew, None).plan
         stages = Stages(crew, plan, config, DataManifest.load(config.data.path).sha256)
         stages.assign(1)
         stages.load(LoadOrder(run=config.name, generation=1, step=0))

@@ -22,13 +22,15 @@ from ray.util.queue import Empty, Queue
 from rich.console import Console
 
 from actors.errors import FleetError, IsthmusError, NonFinite, PeerLost, PeerTimeout, StageError
-from actors.spec import EvalReport, Fleet, NodeCard, Plan, StepReport
+from actors.fleet_spec import Fleet, NodeCard
+from actors.spec import EvalReport, Plan, StepReport
 from orchestrator.config import RunConfig
 from orchestrator.events import encode
 from orchestrator.fleet import answer_of, first_line, open_ray
 from orchestrator.lifecycle import RunState, Stop, on_step_done, summarise
-from orchestrator.planner.cost import Workload
-from orchestrator.planner.plan import PlanConfig, make_plan
+from orchestrator.planner.build import Workload
+from orchestrator.planner.choices import PlanConfig
+from orchestrator.planner.plan import make_plan
 from orchestrator.progress import Progress
 from orchestrator.recipe import require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord

@@ -6,21 +6,24 @@ Each verb imports what it needs when it runs: `--help` is instant, and Ray is lo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from actors.errors import IsthmusError, UserError
+from orchestrator.complaint import complain, drop_output
 from orchestrator.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from actors.fleet_spec import Fleet
+    from orchestrator.config import RunConfig
 
 # Figures of `python -m bench.quality`.
 _CODECS = """
@@ -34,13 +37,17 @@ codecs: wire.forward= and wire.backward=, or for one link wire.links.0-1=FORWARD
 _OVERLAYS = "*.yaml files, merged left to right, then a.b=c"
 _PREPARE_EXAMPLE = "data prepare 'corpus/*.jsonl.gz' --out data/corpus --vocab-size 32000"
 _INTERRUPTED = 130
+# What a table may take where the output is no terminal.
+_PIPE_WIDTH = 180
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; errors are one line and a remedy."""
     arguments = _parse(argv)
     # A pipe has no width of its own: a line is never folded. A path may look like markup, so there is none.
-    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()
+    width = None if is_terminal else _PIPE_WIDTH
+    console = Console(highlight=False, markup=False, soft_wrap=not is_terminal, width=width)
     prepare_environment(getattr(arguments, "address", None))
     try:
         return arguments.run(arguments, console)
@@ -50,29 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("ISTHMUS_TRACEBACK"):
             raise
         if isinstance(error, IsthmusError):
-            return _complain(error.message, error.remedy, error.exit_code)
-        _drop_output()
+            return complain(error.message, error.remedy, error.exit_code)
+        drop_output()
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _complain(named, "see that it is there, may be used, and has room; ISTHMUS_TRACEBACK=1 says where", 1)
-
-
-def _complain(message: str, remedy: str, exit_code: int) -> int:
-    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    errors.print(f"isthmus: {_one_line(message)}", style="red")
-    if remedy:
-        errors.print(f"  remedy: {_one_line(remedy)}")
-    return exit_code
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _drop_output() -> None:
-    """Send what standard output still holds nowhere: should it be what failed, it would fail again at exit."""
-    # Where it is no file, as under a test, there is nothing to drop.
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return complain(named, "see that it is there, may be used, and has room; ISTHMUS_TRACEBACK=1 says where", 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         verb = add(name, run, text, example + (_CODECS if name != "baseline" else ""))
         verb.add_argument("words", nargs="+" if name != "plan" else "*", metavar="CONFIG", help=_OVERLAYS)
         _add_address(verb, "a running Ray cluster, or 'auto'; else this machine (default: RAY_ADDRESS)")
+        if name == "plan":
+            verb.add_argument(
+                "--fleet", type=Path, help="a fleet file to plan for, without hardware (docs/fleet-file.md)"
+            )
 
     data_text = "prepare: text to token shards"
     data = verbs.add_parser("data", help=data_text, **_page(data_text, _PREPARE_EXAMPLE))
@@ -160,6 +152,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=50, help="sample from this many of the likeliest tokens")
     generate.add_argument("--top-p", type=float, default=0.95, help="... that together are this likely")
     generate.add_argument("--seed", type=int, default=1, help="the same seed, the same sample")
+
+    simulate = add(
+        "simulate",
+        _simulate,
+        "play a plan, or a fleet whose nodes come and go, without hardware",
+        "simulate runs/demo/plan.json --steps 3",
+    )
+    simulate.add_argument("source", type=Path, metavar="FLEET_OR_PLAN", help="plan.json, or fleet.json to plan for")
+    simulate.add_argument("words", nargs="*", metavar="CONFIG", help=f"{_OVERLAYS}; or config.yaml beside the plan")
+    simulate.add_argument("--steps", type=int, default=1, help="how many steps to play where no node comes or goes")
+    simulate.add_argument("--spread", type=float, default=0.0, help="of compute times: 0.1 for about 10%% (lognormal)")
+    simulate.add_argument("--trace", type=Path, help="a spot trace: when nodes come and go")
+    simulate.add_argument(
+        "--hours", type=float, help="with --trace, at most; without, lives drawn from losses_per_hour"
+    )
+    simulate.add_argument("--recovery", choices=("rollback", "step", "microbatches"), default="rollback")
+    simulate.add_argument("--seed", type=int, default=1, help="the same seed, the same simulation")
+    simulate.add_argument("--out", type=Path, default=Path("runs/simulated"), help="the folder to write")
 
     report = add(
         "report", _report, "one page: curves, timeline, links, cost, and the baseline beside them", "report runs/demo"
@@ -232,26 +242,26 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.config import load_config
-    from orchestrator.events import encode
-    from orchestrator.fleet import open_fleet
     from orchestrator.planview import render_plan
-    from orchestrator.recipe import plan_fleet, resolve, save_plan
-    from orchestrator.runfolder import RunFolder, write_atomic
+    from orchestrator.recipe import keep_plan, plan_ahead, resolve
 
     config = resolve(load_config(arguments.words))
-    with open_fleet(config.fleet, arguments.address, f"{config.name}-plan", config.timeouts) as crew:
-        fleet, plan = plan_fleet(config, crew)
-    console.print(render_plan(plan, fleet))
-    folder = RunFolder.open(Path(config.runs_dir), config.name)
-    if folder.events.exists():
-        # The run has a plan of its own, which its driver and its report go by.
-        write_atomic(folder.plan_preview, json.dumps(encode(plan), indent=1))
-        console.print(f"saved in {folder.plan_preview}; the run's own plan stays {folder.plan}")
-        return 0
-    with folder.lock():
-        save_plan(folder, plan, fleet)
-    console.print(f"saved in {folder.plan}")
+    planned = plan_ahead(config, _fleet(arguments, config))
+    console.print(render_plan(planned.plan, planned.fleet))
+    console.print(f"saved in {keep_plan(planned)}")
     return 0
+
+
+def _fleet(arguments: argparse.Namespace, config: RunConfig) -> Fleet:
+    """Return the fleet of the file that was named, else what probing the nodes says."""
+    from orchestrator.fleet import open_fleet
+    from orchestrator.fleetfile import load_fleet
+    from orchestrator.recipe import probe_fleet, workload
+
+    if arguments.fleet is not None:
+        return load_fleet(arguments.fleet, workload(config), config.plan.batches(config.batch))
+    with open_fleet(config.fleet, arguments.address, f"{config.name}-plan", config.timeouts) as crew:
+        return probe_fleet(config, crew)
 
 
 def _baseline(arguments: argparse.Namespace, console: Console) -> int:
@@ -333,6 +343,24 @@ def _generate(arguments: argparse.Namespace, console: Console) -> int:
         seed=arguments.seed,
     )
     console.print(text)
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace, console: Console) -> int:
+    from orchestrator.simulate import open_scene, play_run, play_steps, trace_for
+    from orchestrator.simulator.outcome import RunRules
+    from orchestrator.simview import render_run, render_step
+
+    scene = open_scene(arguments.source, arguments.words)
+    step_tokens = scene.config.batch.step_tokens
+    if arguments.trace is None and arguments.hours is None:
+        step = play_steps(scene, arguments.steps, arguments.seed, arguments.spread, arguments.out)
+        console.print(render_step(step, scene.node_names, step_tokens))
+    else:
+        trace = trace_for(scene, arguments.trace, arguments.hours, arguments.seed)
+        run = play_run(scene, trace, RunRules(recovery=arguments.recovery), arguments.out)
+        console.print(render_run(run, step_tokens))
+    console.print(f"written to {arguments.out}; see it with `isthmus report {arguments.out}`")
     return 0
 
 

@@ -23,7 +23,7 @@ from actors.settings import BatchSpec, DataConfig, TimeoutConfig, WireConfig
 from actors.spec import TensorRole
 from orchestrator.checkpoints import CheckpointConfig
 from orchestrator.lifecycle import GuardConfig
-from orchestrator.planner.plan import PlanConfig
+from orchestrator.planner.choices import PlanConfig
 from orchestrator.runfolder import check_run_name
 from orchestrator.tracking import TrackingConfig
 

@@ -28,13 +28,7 @@ from actors.errors import (
     StageError,
     StoreError,
 )
-from actors.spec import (
-    Commit,
-    EvalOrder,
-    SaveOrder,
-    StepOrder,
-    StepReport,
-)
+from actors.spec import Commit, EvalOrder, SaveOrder, StepOrder, StepReport
 from actors.store import check_store, open_store
 from orchestrator.canary import judge, readings_of, with_step_downs
 from orchestrator.checkpoints import CheckpointLedger, Manifest
@@ -57,7 +51,7 @@ from orchestrator.lifecycle import (
 )
 from orchestrator.past import Past, require_shared_store
 from orchestrator.progress import Progress
-from orchestrator.recipe import checkpoint_url, plan_fleet, require_data, resolve, save_plan
+from orchestrator.recipe import checkpoint_url, plan_run, require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord
 from orchestrator.runfolder import RunFolder, write_atomic
 from orchestrator.saving import Saving
@@ -254,8 +248,10 @@ class _Run:
 
     def _plan(self) -> None:
         """Measure the fleet and plan for it; a codec that did a link harm before the newest checkpoint stays away."""
-        self._fleet, plan = plan_fleet(self._config, self._crew)
-        history = self._past.newest.history if self._past.newest else History()
+        newest = self._past.newest
+        planned = plan_run(self._config, self._crew, newest.batch if newest else None)
+        self._config, self._fleet, plan = planned.config, planned.fleet, planned.plan
+        history = newest.history if newest else History()
         plan = with_step_downs(plan, history.step_downs)
         save_plan(self._folder, plan, self._fleet)
         self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)

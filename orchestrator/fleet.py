@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ import ray
 import ray.exceptions
 
 from actors.errors import FleetError, IsthmusError, PeerLost, PeerTimeout, RunBusy, StageError
+from actors.fleet_spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder
 from actors.node import CONCURRENCY_GROUPS, NAMESPACE, NodeActor
 from actors.settings import TimeoutConfig
-from actors.spec import Fleet, LinkCard, LinkProbeOrder, NodeCard, ProbeOrder
 from orchestrator.config import FleetConfig
 from orchestrator.environment import REQUIRED_SETTINGS, unmet_settings
+from orchestrator.link_rounds import MAX_ALL_PAIRS, Spot, probe_rounds, region_links
 from orchestrator.slots import Slot, node_name, slots_on
 
 _FOLDER_PREFIX = "isthmus-"
-# Every pair of up to this many nodes is probed, one after another; of more, each node and the next.
-_MAX_ALL_PAIRS = 10
+# Which pairs of a large fleet are probed is drawn from it: the same ones each time.
+_PROBE_SEED = 1
 _CONNECT_S, _MAX_PORT = 10.0, 65535
 
 
@@ -73,7 +74,11 @@ class Crew:
         for card in self.call(new, "probe", [order for _ in new], self._timeouts.step_s):
             self._cards[card.node] = card
         nodes = tuple(self._cards[node] for node in self._slots)
-        return Fleet(nodes=nodes, links=self._probe_links(probe_bytes))
+        spots = [Spot(node=card.node, host=card.host, region=card.region) for card in nodes]
+        cards = self._probe_links(spots, probe_bytes)
+        if len(nodes) <= MAX_ALL_PAIRS:
+            return Fleet(nodes=nodes, links=cards)
+        return Fleet(nodes=nodes, links=(), regions=region_links(spots, cards))
 
     def revive(self) -> None:
         """Replace what is dead: an actor where its Ray node lives, else by a Ray node that has come since.
@@ -156,7 +161,7 @@ class Crew:
             )
         )
         try:
-            return actor_class.remote(slot.node, slot.region, slot.num_threads, slot.price_per_hour, slot.num_sharing)
+            return actor_class.remote(slot.node, slot.region, slot.num_threads, slot.offer, slot.num_sharing)
         except ray.exceptions.ActorAlreadyExistsError as error:
             raise RunBusy(
                 f"another process drives run {self._run}: the cluster has its actor {self.actor_name(slot.node)}",
@@ -194,24 +199,22 @@ class Crew:
             return False
         return True
 
-    def _probe_links(self, probe_bytes: int) -> tuple[LinkCard, ...]:
-        """Measure the links, one after another so that they do not share a wire."""
-        names = list(self._slots)
+    def _probe_links(self, spots: Sequence[Spot], probe_bytes: int) -> tuple[LinkCard, ...]:
+        """Measure links, at the same time those that share no wire."""
         if not probe_bytes:
             return ()
-        if len(names) <= _MAX_ALL_PAIRS:
-            pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        else:
-            pairs = list(pairwise(names))
         cards: list[LinkCard] = []
-        for source, target in pairs:
-            order = LinkProbeOrder(
-                target=target,
-                actor_name=self.actor_name(target),
-                size_bytes=probe_bytes,
-                timeout_s=self._timeouts.ack_s,
-            )
-            cards += self.call([source], "probe_link", [order], self._timeouts.frame_s)
+        for probes in probe_rounds(spots, _PROBE_SEED):
+            orders = [
+                LinkProbeOrder(
+                    target=target,
+                    actor_name=self.actor_name(target),
+                    size_bytes=probe_bytes,
+                    timeout_s=self._timeouts.ack_s,
+                )
+                for _, target in probes
+            ]
+            cards += self.call([source for source, _ in probes], "probe_link", orders, self._timeouts.frame_s)
         return tuple(cards)
 
 

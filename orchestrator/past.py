@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from actors.errors import CheckpointError
+from actors.settings import BatchSpec
 from actors.spec import CheckpointRef, LoadOrder, StoreProbe
 from actors.store import BlobStore
 from orchestrator.checkpoints import CheckpointLedger, Manifest, require_compatible
@@ -40,11 +41,14 @@ class Past:
                 "restore them from a copy, or delete that folder (or pick another name=) to start from the beginning",
             )
         if self.newest is not None:
-            config = self.config
+            config, batch = self.config, self.config.batch
+            if config.plan.microbatch_sizes is not None and _same_step(self.newest.batch, batch):
+                # The planner chose it when the run began.
+                batch = self.newest.batch
             require_compatible(
                 self.newest,
                 model=config.model,
-                batch=config.batch,
+                batch=batch,
                 data_sha256=self.data_sha256,
                 document_mask=config.data.document_mask,
                 seed=config.seed,
@@ -57,6 +61,10 @@ class Past:
             return LoadOrder(run=self.config.name, generation=generation, step=0)
         ref = CheckpointRef(store_url=self.ledger.store.url, checkpoint=newest.checkpoint, files=newest.files)
         return LoadOrder(run=self.config.name, generation=generation, step=newest.step, checkpoint=ref)
+
+
+def _same_step(batch: BatchSpec, other: BatchSpec) -> bool:
+    return batch.step_tokens == other.step_tokens and batch.seq_len == other.seq_len
 
 
 def require_shared_store(store: BlobStore, crew: Crew, timeout_s: float) -> None:

@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.patches import Patch
 
+    from orchestrator.simulator.outcome import RunPoint
+
 PictureFormat = Literal["png", "svg"]
 
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+BLUE, ORANGE, GREEN, VERMILLION, YELLOW, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#F0E442", "#CC79A7"
 HATCH_GREY = "#8A8A8A"
 
 # Action name -> (legend, colour, hatch); names as in actors.spec.ActionTime.
 _ACTIONS = {
     "F": ("forward", BLUE, ""),
     "B": ("backward", ORANGE, ""),
+    "W": ("weight gradients", YELLOW, ""),
+    "S": ("exchanges gradients", PURPLE, ""),
     "C": ("commit", GREEN, ""),
     "wF": ("waits for activations", "#F2F2F2", "////"),
     "wB": ("waits for gradients", "#F2F2F2", "\\\\\\\\"),
@@ -65,15 +69,47 @@ def timeline_picture(record: StepRecord, target: str | Path | IO[bytes], picture
             edge = HATCH_GREY if hatch else "white"
             axes.broken_barh(spans, (row - 0.4, 0.8), facecolor=colour, hatch=hatch, edgecolor=edge, linewidth=0.5)
     _number_bars(axes, record)
-    axes.set_yticks(range(num_stages), [f"stage {stage.stage}" for stage in record.stages])
+    axes.set_yticks(range(num_stages), [f"stage {stage.stage} {stage.node}".strip() for stage in record.stages])
     axes.set_ylim(num_stages - 0.5, -0.5)
     axes.set_xlim(0, _timeline_end_s(record))
     axes.set_xlabel("seconds since the step began")
-    axes.set_title(f"step {record.step + 1}: {record.step_s:.2f} s, loss {record.loss:.4f}", loc="left")
+    said = "simulated, nothing was trained" if record.is_simulated else f"loss {record.loss:.4f}"
+    axes.set_title(f"step {record.step + 1}: {record.step_s:.2f} s, {said}", loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     if handles := _timeline_legend(record):
         figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)
+    figure.savefig(target, format=picture_format)
+
+
+def churn_picture(
+    points: Sequence[RunPoint], duration_s: float, target: str | Path | IO[bytes], picture_format: PictureFormat = "png"
+) -> None:
+    """Draw a simulated run over hours: how many nodes there are and how many have a stage; how fast it trains."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    hours = [point.time_s / 3600 for point in points] + [duration_s / 3600]
+    figure = Figure(figsize=(11, 5.2), layout="constrained", dpi=130)
+    above, below = figure.subplots(2, 1, sharex=True)
+    rows = (
+        (above, "nodes there", [point.nodes_here for point in points], HATCH_GREY),
+        (above, "nodes with a stage", [point.nodes_used for point in points], BLUE),
+        (below, "tokens/s", [point.tokens_per_s for point in points], GREEN),
+    )
+    for axes, label, values, colour in rows:
+        # Each holds until the next.
+        axes.stairs(values, hours, color=colour, label=label, fill=axes is below, gid=label)
+    above.legend(frameon=False)
+    for axes, label in ((above, "nodes"), (below, "tokens/s")):
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#E6E6E6", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    below.yaxis.set_major_formatter(EngFormatter(sep=""))
+    below.set_xlabel("hours")
+    above.set_title("simulated: nothing was trained", loc="left")
     figure.savefig(target, format=picture_format)
 
 

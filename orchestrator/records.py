@@ -23,6 +23,10 @@ class StageRecord:
     idle_share: float
     peak_memory_bytes: int
     actions: tuple[ActionTime, ...]
+    # Where a stage has more nodes than one: which of them.
+    node: str = ""
+    # Of the peak, what training took: over what the idle process held.
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class StepRecord:
     dollars: float
     stages: tuple[StageRecord, ...]
     links: tuple[LinkRecord, ...]
+    # Made by the simulator: nothing was trained, so loss and norm are NaN.
+    is_simulated: bool = False
 
     @property
     def raw_bytes(self) -> int:
@@ -107,6 +113,7 @@ def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRe
             idle_share=max(0.0, 1.0 - report.compute_s / step_s) if step_s > 0 else 0.0,
             peak_memory_bytes=report.peak_memory_bytes,
             actions=report.actions,
+            held_bytes=report.held_bytes,
         )
         for report in sorted(reports, key=lambda report: report.stage)
     )

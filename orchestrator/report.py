@@ -29,6 +29,7 @@ from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
 from orchestrator.status import Status, read_status
 
 _MAX_CONFIG_CHARS = 1_048_576
+_LOSS_CAPTION = "loss over tokens trained on"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { margin: 0; font-size: 1.8rem } h1 + p { color: #666; margin-top: 0 }
@@ -163,7 +164,8 @@ def loss_curves(history: History, name: str, colour: str) -> list[Curve]:
         colour=colour,
         is_validation=True,
     )
-    return [curve for curve in (train, validation) if curve.tokens]
+    # What is simulated has no loss at all.
+    return [curve for curve in (train, validation) if any(map(math.isfinite, curve.losses))]
 
 
 def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
@@ -196,7 +198,7 @@ def _page(run: Path, history: History, baseline: Path | None, base: History | No
         curves += loss_curves(base, baseline.name, VERMILLION)
     last = _last_timeline(history, view.status)
     sections = [
-        ("Loss", _picture(lambda file: curves_picture(curves, file, "svg"), "loss over tokens trained on")),
+        ("Loss", _picture(lambda file: curves_picture(curves, file, "svg"), _LOSS_CAPTION) if curves else ""),
         ("In numbers", _table(("", run.name, baseline.name if baseline else "no baseline"), compared)),
         ("Plan", _plan_table(view.plan)),
         ("Stages", _stage_table(history.steps)),
@@ -205,13 +207,15 @@ def _page(run: Path, history: History, baseline: Path | None, base: History | No
         ("Events", _table(("step", "event", "what"), [(f"{e.step:,}", e.name, e.text) for e in history.events])),
         ("Configuration", f"<details><summary>resolved</summary><pre>{escape(config)}</pre></details>"),
     ]
+    is_simulated = any(step.is_simulated for step in history.steps)
+    kind = "a simulation: nothing was trained" if is_simulated else "an Isthmus run"
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     digest = hashlib.sha256(config.encode()).hexdigest()[:16] if config else "not known"
     unreadable = f" &middot; {history.num_unreadable} unreadable lines passed over" if history.num_unreadable else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{escape(run.name)}</h1><p>an Isthmus run &middot; configuration {digest}{unreadable}</p>"
+        f"<h1>{escape(run.name)}</h1><p>{kind} &middot; configuration {digest}{unreadable}</p>"
         f"{body}</body></html>\n"
     )
 
@@ -253,7 +257,8 @@ def _plan_table(plan: Plan | None) -> str:
 
 
 def _stage_table(steps: Sequence[StepRecord]) -> str:
-    seconds = sum(step.step_s for step in steps)
+    # A simulation does not write down the stages of every step.
+    seconds = sum(step.step_s for step in steps if step.stages)
     compute_s: dict[int, float] = defaultdict(float)
     wait_s: dict[int, float] = defaultdict(float)
     peak_bytes: dict[int, int] = defaultdict(int)

@@ -5,11 +5,13 @@ PURE.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import FleetError
+from actors.fleet_spec import Offer
 from orchestrator.config import FleetConfig
 
 _EMBEDDED_NODES = 4
@@ -22,7 +24,7 @@ class Slot:
     node: str
     ray_node_id: str
     region: str
-    price_per_hour: float
+    offer: Offer
     num_gpus: int
     num_threads: int
     # How many places take their memory from the same machine, this one included; of a GPU's, it has its own.
@@ -57,23 +59,39 @@ def node_name(number: int) -> str:
 def _slot(
     config: FleetConfig, name: str, ray_node: Mapping[str, Any], num_gpus: int, num_threads: int, num_sharing: int
 ) -> Slot:
-    region, price_per_hour = region_and_price(config, ray_node["Labels"])
+    region, offer = region_and_offer(config, ray_node["Labels"])
     return Slot(
         node=name,
         ray_node_id=ray_node["NodeID"],
         region=region,
-        price_per_hour=price_per_hour,
+        offer=offer,
         num_gpus=num_gpus,
         num_threads=num_threads,
         num_sharing=num_sharing,
     )
 
 
-def region_and_price(config: FleetConfig, labels: Mapping[str, str]) -> tuple[str, float]:
-    """Return where a node is and its dollars an hour, by its Ray labels, else by the configuration."""
+def region_and_offer(config: FleetConfig, labels: Mapping[str, str]) -> tuple[str, Offer]:
+    """Return where a node is and what is known of it, by its Ray labels, else by the configuration."""
     region = labels.get("region", "local")
-    price = labels.get("price", config.region_prices.get(region, config.price_per_hour))
+    price = config.region_prices.get(region, config.price_per_hour)
+    return region, Offer(
+        price_per_hour=_number(labels, "price", price, "dollars an hour"),
+        losses_per_hour=_number(labels, "losses-per-hour", 0.0, "1 / its mean life in hours"),
+        uplink_mbps=_number(labels, "uplink-mbps", 0.0, "Mbit/s"),
+        downlink_mbps=_number(labels, "downlink-mbps", 0.0, "Mbit/s"),
+    )
+
+
+def _number(labels: Mapping[str, str], label: str, default: float, unit: str) -> float:
+    """Return a label's number; FleetError where it has none that can be."""
+    text = labels.get(label)
+    if text is None:
+        return default
     try:
-        return region, float(price)
-    except ValueError as error:
-        raise FleetError(f"a node's Ray label price is {price!r}", "make it dollars an hour") from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise FleetError(f"a node's Ray label {label} is {text!r}", f"make it {unit}")
+    return value

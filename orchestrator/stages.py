@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from actors.spec import (
-    Assignment,
-    EvalOrder,
-    EvalReport,
-    LoadOrder,
-    Plan,
-    SaveReport,
-    StepOrder,
-    StepReport,
-)
+from actors.spec import Assignment, EvalOrder, EvalReport, LoadOrder, Plan, SaveReport, StepOrder, StepReport
 from orchestrator.config import RunConfig
 from orchestrator.fleet import Crew
 

@@ -28,12 +28,13 @@ from ray.util.queue import Queue
 
 from actors.centralised import CentralisedWorker, WorkerSpec
 from actors.errors import FleetError, IsthmusError, StageError
+from actors.fleet_spec import NodeCard
 from actors.probe import device_name, free_memory_bytes, require_probe_memory, time_parts
-from actors.spec import EvalReport, NodeCard, StepReport
+from actors.spec import EvalReport, StepReport
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.lifecycle import RunState, Stop, on_step_done, summarise
 from orchestrator.runfolder import write_atomic
-from orchestrator.slots import region_and_price
+from orchestrator.slots import region_and_offer
 
 
 class Act(Enum):
@@ -214,7 +215,7 @@ def _card(config: RunConfig, worker: int, device: torch.device, num_sharing: int
     """Measure this worker, one of `num_sharing` that share their machine's memory, as a node of a fleet is measured."""
     # Text by name; its annotation says otherwise.
     labels: Any = ray.get_runtime_context().get_node_labels()
-    region, price_per_hour = region_and_price(config.fleet, labels)
+    region, offer = region_and_offer(config.fleet, labels)
     node = f"worker-{worker}"
     memory_bytes = free_memory_bytes(device) // num_sharing
     require_probe_memory(config.model, config.batch, memory_bytes, node)
@@ -228,5 +229,5 @@ def _card(config: RunConfig, worker: int, device: torch.device, num_sharing: int
         times=(
             time_parts(config.model, config.batch, device, time.perf_counter, document_mask=config.data.document_mask),
         ),
-        price_per_hour=price_per_hour,
+        price_per_hour=offer.price_per_hour,
     )

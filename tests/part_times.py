@@ -1,6 +1,6 @@
 """What a node's probe may have said, for tests that need no probe."""
 
-from actors.spec import PartTimes
+from actors.fleet_spec import PartTimes
 
 
 def part_times(

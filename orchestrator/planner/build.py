@@ -14,10 +14,11 @@ import torch
 
 from actors.codecs import CODECS
 from actors.errors import PlanError
+from actors.fleet_spec import Fleet, LinkCard, NodeCard, PartTimes, RegionLink
 from actors.frame import wire_bytes
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
-from actors.spec import Fleet, LinkCard, NodeCard, PartTimes, RegionLink, ScheduleName
+from actors.spec import ScheduleName
 from orchestrator.planner.problem import Floats, Problem
 
 # float32 weight, gradient and AdamW's two moments.
@@ -29,7 +30,7 @@ _SAVED_HIDDEN, _SAVED_KV, _SAVED_FFN = 10, 4, 5
 # Logits, their float32 copy, its log-softmax and the gradient.
 _HEAD_COPIES = 4
 # A frame exists encoded, as chunks in the window, and decoded, at each end.
-_FRAME_COPIES = 6
+FRAME_COPIES = 6
 # Where no link was measured: two nodes of one machine or one rack.
 NEAR_LINK_DELAY_S, NEAR_LINK_RATE_MBPS = 0.0005, 4000.0
 BITS_PER_MEGABIT = 1e6
@@ -94,7 +95,7 @@ def make_problem(
         last_state_bytes=float(_STATE_BYTES_PER_PARAM * model.head_params),
         layer_saved_bytes_N=boundary_N if work.activation_checkpointing else block_N,
         flight_bytes_N=boundary_N,
-        fixed_bytes_N=_FRAME_COPIES * boundary_N + (block_N if work.activation_checkpointing else 0.0),
+        fixed_bytes_N=FRAME_COPIES * boundary_N + (block_N if work.activation_checkpointing else 0.0),
         last_bytes=float(_HEAD_COPIES * batch.microbatch_tokens * model.vocab_size * 4),
         place_N=np.array(table.place_of, dtype=np.int32),
         delay_s_PP=table.delay_s_PP,
@@ -136,7 +137,8 @@ def link_table(fleet: Fleet) -> LinkTable:
     for p, (source, source_region) in enumerate(ends):
         for q, (target, target_region) in enumerate(ends):
             between = _either(by_region, source_region, target_region)
-            default = near if source_region == target_region and not fleet.links else worst
+            is_near = p == q or (source_region == target_region and not fleet.links)
+            default = near if is_near else worst
             link = _either(by_node, source, target) or between or default
             delay_s[p, q], rate_mbps[p, q] = link.delay_s, link.rate_mbps
             if between is not None and between.shared_mbps and not fleet.links:

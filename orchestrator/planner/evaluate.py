@@ -11,11 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from actors.list_schedule import IN_FLIGHT_MARGIN
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Placement, Problem
 
-# How much more than a link's delay needs is kept in flight where a schedule may choose: without it, any jitter starves.
-IN_FLIGHT_MARGIN = 1.25
 # A link binds where the flow through links falls short of what the stages alone would do by more than rounding.
 _ROUNDING = 1e-9
 

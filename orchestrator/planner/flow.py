@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
 
-# What subtraction leaves of a residual by rounding, as a part of it: taken for nothing, or it would cost a phase.
-_DUST = 1e-12
+# This part of a residual is all of it: what rounding leaves would cost a phase of its own.
+_WHOLE = 1.0 - 1e-12
 
 
 class FlowWorkspace(NamedTuple):
@@ -30,7 +30,9 @@ class FlowWorkspace(NamedTuple):
     distance_V: Ints
     queue_V: Ints
     path_V: Ints
+    room_V: Floats
     next_arc_A: Ints
+    head_A: Ints
     residual_A: Floats
 
 
@@ -42,7 +44,9 @@ def flow_workspace(most_vertices: int, most_edges: int) -> FlowWorkspace:
         np.empty(most_vertices, np.int32),
         np.empty(most_vertices, np.int32),
         np.empty(most_vertices, np.int32),
-        np.empty(most_vertices + 1, np.int32),
+        np.empty(most_vertices, np.int32),
+        np.empty(most_vertices, np.float64),
+        np.empty(2 * most_edges, np.int32),
         np.empty(2 * most_edges, np.int32),
         np.empty(2 * most_edges, np.float64),
     )
@@ -87,12 +91,13 @@ def max_flow_into(
     `workspace` is as large as the graph or larger. The endpoints are not checked: a wrong one reads foreign memory.
     Where `flows_E` has length 0 the flows are not written.
     """
-    first_arc_V, current_arc_V, distance_V, queue_V, path_V, next_arc_A, residual_A = workspace
+    first_arc_V, current_arc_V, distance_V, queue_V, path_V, room_V, next_arc_A, head_A, residual_A = workspace
     for vertex in range(num_vertices):
         first_arc_V[vertex] = -1
     for edge in range(len(tails_E) - 1, -1, -1):
         tail, head, capacity = tails_E[edge], heads_E[edge], capacities_E[edge]
         forward, backward = 2 * edge, 2 * edge + 1
+        head_A[forward], head_A[backward] = head, tail
         residual_A[forward] = capacity if capacity > 0.0 else 0.0
         residual_A[backward] = 0.0
         next_arc_A[forward] = first_arc_V[tail]
@@ -114,7 +119,7 @@ def max_flow_into(
             arc = first_arc_V[head]
             while arc >= 0:
                 # The arc's mate goes the other way, towards the sink.
-                tail = heads_E[arc >> 1] if arc & 1 == 0 else tails_E[arc >> 1]
+                tail = head_A[arc]
                 if distance_V[tail] == num_vertices and residual_A[arc ^ 1] > 0.0:
                     distance_V[tail] = distance_V[head] + 1
                     queue_V[num_queued] = tail
@@ -122,49 +127,43 @@ def max_flow_into(
                 arc = next_arc_A[arc]
         if distance_V[source] == num_vertices:
             break
+        # The path so far: path_V[d] is its arc d, room_V[d] what its arcs before d have left.
         vertex, length = source, 0
+        room_V[0] = np.inf
         while True:
             if vertex == sink:
-                pushed = np.inf
+                pushed, room, full = room_V[length], np.inf, length
                 for step in range(length):
-                    pushed = min(pushed, float(residual_A[path_V[step]]))
-                full = length
-                for step in range(length - 1, -1, -1):
                     arc = path_V[step]
-                    left = residual_A[arc] - pushed
-                    # Without limit it stays so, whatever was taken; a difference of infinities is NaN.
-                    if left != np.inf and not left > _DUST * residual_A[arc]:
-                        left = 0.0
-                        full = step
+                    left = residual_A[arc] - pushed if pushed < _WHOLE * residual_A[arc] else 0.0
                     residual_A[arc] = left
                     residual_A[arc ^ 1] += pushed
+                    if left == 0.0 and full == length:
+                        full = step
+                    room = min(room, left)
+                    room_V[step + 1] = room
                 value += pushed
                 if pushed == np.inf:
                     break
                 # Go on from where the path is full.
                 length = full
-                arc = path_V[length]
-                vertex = tails_E[arc >> 1] if arc & 1 == 0 else heads_E[arc >> 1]
-                continue
+                vertex = head_A[path_V[length] ^ 1]
             arc = current_arc_V[vertex]
-            while arc >= 0:
-                head = heads_E[arc >> 1] if arc & 1 == 0 else tails_E[arc >> 1]
-                if residual_A[arc] > 0.0 and distance_V[head] + 1 == distance_V[vertex]:
-                    break
+            while arc >= 0 and not (residual_A[arc] > 0.0 and distance_V[head_A[arc]] + 1 == distance_V[vertex]):
                 arc = next_arc_A[arc]
             current_arc_V[vertex] = arc
             if arc >= 0:
                 path_V[length] = arc
                 length += 1
-                vertex = heads_E[arc >> 1] if arc & 1 == 0 else tails_E[arc >> 1]
+                room_V[length] = min(room_V[length - 1], residual_A[arc])
+                vertex = head_A[arc]
             elif vertex == source:
                 break
             else:
                 # A dead end: no path of this phase enters it again.
                 distance_V[vertex] = num_vertices
                 length -= 1
-                arc = path_V[length]
-                vertex = tails_E[arc >> 1] if arc & 1 == 0 else heads_E[arc >> 1]
+                vertex = head_A[path_V[length] ^ 1]
     for edge in range(len(flows_E)):
         # Rounding may have added a little too much.
         flows_E[edge] = min(residual_A[2 * edge + 1], max(capacities_E[edge], 0.0))

@@ -41,12 +41,16 @@ def is_allowed(problem: Problem, limits: Limits, placement: Placement) -> bool:
     """Return whether a placement keeps to all limits but those on time and memory."""
     if limits.num_stages not in (None, placement.num_stages):
         return False
-    if sum(float(problem.price_N[node]) for node in placement.used) > limits.max_dollars_per_hour:
+    most = limits.max_dollars_per_hour
+    if most < math.inf and sum(float(problem.price_N[node]) for node in placement.used) > most:
         return False
     for nodes in placement.nodes:
-        domains = {int(problem.domain_N[node]) for node in nodes}
-        if not limits.min_copies <= len(nodes) <= limits.max_replicas or len(domains) < limits.min_domains:
+        if not limits.min_copies <= len(nodes) <= limits.max_replicas:
             return False
+        if limits.min_domains > 1 and len({int(problem.domain_N[node]) for node in nodes}) < limits.min_domains:
+            return False
+    if not limits.pins and not limits.after:
+        return True
     stage_of = {node: stage for stage, nodes in enumerate(placement.nodes) for node in nodes}
     for node, stage in limits.pins:
         if stage_of.get(node, stage % placement.num_stages) != stage % placement.num_stages:
@@ -63,9 +67,9 @@ def score(problem: Problem, limits: Limits, placement: Placement, evaluation: Ev
     found = evaluation or evaluate(problem, placement)
     if found.short_bytes > 0 or found.step_s > limits.max_step_s:
         return math.inf
-    dollars_per_hour = sum(float(problem.price_N[node]) for node in placement.used)
     if limits.objective == "throughput":
         return found.step_s
+    dollars_per_hour = sum(float(problem.price_N[node]) for node in placement.used)
     if limits.objective == "dollars":
         return dollars_per_hour / 3600 * found.step_s
     return dollars_per_hour

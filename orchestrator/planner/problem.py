@@ -1,12 +1,13 @@
 """What is planned over, as arrays: a fleet on one model, microbatch size, schedule and set of codecs.
 
-PURE. Searches and bounds see only this; `orchestrator.planner.cost.evaluate` says what a placement costs in it.
+PURE. Searches and bounds see only this; `orchestrator.planner.evaluate` says what a placement costs in it.
 Axes: N nodes, P places (the ends of links: each node of a small fleet, each region of a large one), L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,4 +108,4 @@ class Placement:
     @property
     def used(self) -> tuple[int, ...]:
         """All nodes that hold something, stage by stage."""
-        return tuple(node for stage in self.nodes for node in stage)
+        return tuple(chain.from_iterable(self.nodes))

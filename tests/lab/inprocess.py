@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from actors.fleet_spec import Fleet as FleetCards
+from actors.fleet_spec import NodeCard
 from actors.link import Carrier
 from actors.mailbox import Receipt
 from actors.spec import (
@@ -25,16 +27,14 @@ from actors.spec import (
     LinkCodecs,
     LinkCount,
     LoadOrder,
-    NodeCard,
     StepOrder,
 )
-from actors.spec import Fleet as FleetCards
 from actors.stage import Stage
 from actors.token_shards import DataManifest
 from orchestrator.canary import readings_of
 from orchestrator.config import RunConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
-from orchestrator.planner.cost import Workload
+from orchestrator.planner.build import Workload
 from orchestrator.planner.plan import make_plan
 from tests.part_times import part_times
 
@@ -80,9 +80,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, split: Sequence[int], pool: ThreadPoolExecutor) -> None:
         self._config = config
         self._pool = pool
-        work = Workload(
-            model=config.model, batch=config.batch, schedule=config.plan.schedule, activation_checkpointing=False
-        )
+        work = Workload(model=config.model, batch=config.batch, schedule="1f1b", activation_checkpointing=False)
         plan_config = type(config.plan)(split=tuple(split), schedule=config.plan.schedule)
         plan = make_plan(equal_nodes(len(split)), work, config.wire, plan_config)
         data_sha256 = DataManifest.load(config.data.path).sha256

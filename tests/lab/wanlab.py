@@ -375,12 +375,15 @@ def _allowed(congestion_control: str) -> Iterator[None]:
 
 @contextmanager
 def _cpu_share(group: File, cpus: float) -> Iterator[None]:
-    """A cgroup (v1 or v2) that may use so many cores; its processes must have ended before it does."""
+    """A cgroup (v1 or v2) that may use so many cores, and gets them before those outside of any such group.
+
+    Its processes must have ended before it does.
+    """
     group.mkdir()
     try:
         quota_us = int(cpus * CPU_PERIOD_US)
-        v1 = {"cpu.cfs_period_us": f"{CPU_PERIOD_US}", "cpu.cfs_quota_us": f"{quota_us}"}
-        v2 = {"cpu.max": f"{quota_us} {CPU_PERIOD_US}"}
+        v1 = {"cpu.cfs_period_us": f"{CPU_PERIOD_US}", "cpu.cfs_quota_us": f"{quota_us}", "cpu.shares": "262144"}
+        v2 = {"cpu.max": f"{quota_us} {CPU_PERIOD_US}", "cpu.weight": "10000"}
         for name, value in (v2 if (group / "cpu.max").exists() else v1).items():
             with open(group / name, "r+") as setting:  # never creates: without a controller, no file
                 setting.write(value)

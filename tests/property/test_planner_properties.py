@@ -1,19 +1,23 @@
 """What holds of every small fleet: the split is the best there is, and more to work with is never worse."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actors.errors import PlanError
+from actors.fleet_spec import Fleet, LinkCard, NodeCard
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
-from actors.spec import Fleet, LinkCard, NodeCard
-from orchestrator.planner.cost import Workload, compute_s, memory_bytes
-from orchestrator.planner.plan import PlanConfig, Split, best_split, even_split, make_plan
+from orchestrator.planner.build import Workload, make_problem
+from orchestrator.planner.choices import PlanConfig
+from orchestrator.planner.evaluate import evaluate, memory_bytes
+from orchestrator.planner.objective import Limits
+from orchestrator.planner.plan import even_split, make_plan
+from orchestrator.planner.problem import Placement
+from orchestrator.planner.search import search
 from tests.part_times import part_times
 
 seconds = st.floats(0.001, 0.1)
@@ -41,7 +45,7 @@ works = st.builds(
 rates = st.floats(0.1, 10_000.0)
 AMPLE = 10**12
 # Machines that run tests are slow at times.
-relaxed = settings(max_examples=60, deadline=None)
+relaxed = settings(max_examples=30, deadline=None)
 
 
 def card(name: str, times: dict[str, float], memory: int) -> NodeCard:
@@ -52,7 +56,8 @@ def card(name: str, times: dict[str, float], memory: int) -> NodeCard:
 def whole_bytes(work: Workload) -> int:
     """What the whole model takes on one node."""
     times = {"layer_forward_s": 1.0, "layer_backward_s": 1.0, "embedding_s": 1.0, "head_s": 1.0}
-    return memory_bytes(card("any", times, 0), work, 0, 1, 0, work.model.num_layers)
+    problem = make_problem(Fleet(nodes=(card("any", times, 1),), links=()), work, WireConfig())
+    return int(memory_bytes(problem, 0, 0, work.model.num_layers, 1))
 
 
 @st.composite
@@ -65,33 +70,8 @@ def problems(draw: st.DrawFn, *, tight: bool) -> tuple[Workload, list[NodeCard]]
     return work, [card(f"node-{number}", draw(times), draw(memory)) for number in range(count)]
 
 
-def all_splits(num_layers: int, num_stages: int) -> Iterator[Split]:
-    for cuts in combinations(range(1, num_layers), num_stages - 1):
-        yield tuple(pairwise((0, *cuts, num_layers)))
-
-
-def slowest_s(split: Split, nodes: list[NodeCard], work: Workload) -> float:
-    return max(compute_s(node, work, *bounds) for node, bounds in zip(nodes, split, strict=True))
-
-
-def fits(split: Split, nodes: list[NodeCard], work: Workload) -> bool:
-    return all(
-        memory_bytes(node, work, stage, len(nodes), *bounds) <= node.memory_bytes
-        for stage, (node, bounds) in enumerate(zip(nodes, split, strict=True))
-    )
-
-
-@relaxed
-@given(st.one_of(problems(tight=False), problems(tight=True)))
-def test_the_best_split_is_that_of_brute_force(problem: tuple[Workload, list[NodeCard]]) -> None:
-    work, nodes = problem
-    feasible = [split for split in all_splits(work.model.num_layers, len(nodes)) if fits(split, nodes, work)]
-    found = best_split(nodes, work)
-    if not feasible:
-        assert found is None
-        return
-    assert found in feasible
-    assert slowest_s(found, nodes, work) == min(slowest_s(split, nodes, work) for split in feasible)
+# A small search: what must hold holds of any.
+QUICK = PlanConfig(evaluations=2000, noise=0.0)
 
 
 @relaxed
@@ -105,19 +85,25 @@ def test_a_plan_fits_and_is_not_slower_than_the_even_one_that_fits(
         for a, b in combinations(nodes, 2)
     )
     fleet = Fleet(nodes=tuple(nodes), links=links)
-    config = PlanConfig(stages=len(nodes), schedule=work.schedule)
-    even = even_split(work.model.num_layers, len(nodes))
-    if best_split(nodes, work) is None:
-        with pytest.raises(PlanError, match=" GB short"):
+    config = replace(QUICK, stages=len(nodes), schedule=work.schedule)
+    arrays = make_problem(fleet, work, WireConfig())
+    stops = [stop for _, stop in even_split(work.model.num_layers, len(nodes))]
+    even = evaluate(arrays, Placement(bounds=(0, *stops), nodes=tuple((i,) for i in range(len(nodes)))))
+    if search(arrays, Limits(num_stages=len(nodes)), seed=1, evaluations=2000).placement is None:
+        assert even.short_bytes > 0
+        with pytest.raises(PlanError, match=r" GB short|keeps to plan\.stages="):
             make_plan(fleet, work, WireConfig(), config)
         return
     plan = make_plan(fleet, work, WireConfig(), config)
-    split = tuple((stage.layer_start, stage.layer_stop) for stage in plan.stages)
-    assert split in all_splits(work.model.num_layers, len(nodes))
-    assert fits(split, nodes, work)
-    if fits(even, nodes, work):
-        assert plan.step_s <= plan.even_step_s
-    assert make_plan(fleet, work, WireConfig(), config) == plan
+    assert [stage.layer_start for stage in plan.stages] == [0, *(stage.layer_stop for stage in plan.stages[:-1])]
+    assert plan.stages[-1].layer_stop == work.model.num_layers
+    assert all(stage.layer_start < stage.layer_stop for stage in plan.stages)
+    assert sorted(stage.node for stage in plan.stages) == sorted(node.node for node in nodes)
+    assert all(stage.memory_bytes <= stage.memory_limit_bytes for stage in plan.stages)
+    if even.short_bytes == 0:
+        assert plan.step_s <= even.step_s * (1 + 1e-9)
+        assert plan.even_step_s == pytest.approx(even.step_s)
+    assert repr(make_plan(fleet, work, WireConfig(), config)) == repr(plan)
 
 
 @relaxed
@@ -128,9 +114,9 @@ def test_more_nodes_of_a_kind_never_make_it_slower(problem: tuple[Workload, list
     many = [replace(nodes[0], node=f"node-{number}") for number in range(len(nodes) + more)]
 
     def step_s(these: list[NodeCard]) -> float:
-        return make_plan(Fleet(nodes=tuple(these), links=()), work, WireConfig(), PlanConfig()).step_s
+        return make_plan(Fleet(nodes=tuple(these), links=()), work, WireConfig(), QUICK).step_s
 
-    assert step_s(many) <= step_s(few)
+    assert step_s(many) <= step_s(few) * (1 + 1e-9)
 
 
 @relaxed
@@ -139,7 +125,7 @@ def test_slower_nodes_make_it_slower_in_proportion_at_most(
     problem: tuple[Workload, list[NodeCard]], factor: float
 ) -> None:
     work, nodes = problem
-    config = PlanConfig(stages=len(nodes))
+    config = replace(QUICK, stages=len(nodes))
 
     def step_s(factor: float) -> float:
         slowed = tuple(
@@ -160,8 +146,8 @@ def test_slower_nodes_make_it_slower_in_proportion_at_most(
         )
         return make_plan(Fleet(nodes=slowed, links=()), work, WireConfig(), config).step_s
 
-    # The even split may give way to one that is up to 5% faster.
-    assert 0.95 * step_s(1.0) < step_s(factor) <= factor * step_s(1.0) * (1 + 1e-9)
+    # A small search may miss the best by a little, in either.
+    assert 0.95 * step_s(1.0) < step_s(factor) <= factor * step_s(1.0) * 1.05
 
 
 @relaxed
@@ -176,9 +162,10 @@ def test_a_thinner_link_never_makes_it_faster(
         links = tuple(
             LinkCard(source=a.node, target=b.node, delay_s=0.01, rate_mbps=rate) for a, b in combinations(nodes, 2)
         )
-        return make_plan(Fleet(nodes=tuple(nodes), links=links), work, WireConfig(), PlanConfig()).step_s
+        return make_plan(Fleet(nodes=tuple(nodes), links=links), work, WireConfig(), QUICK).step_s
 
-    assert step_s(rate_mbps) <= step_s(rate_mbps / factor)
+    # A small search may miss the best by a little.
+    assert step_s(rate_mbps) <= step_s(rate_mbps / factor) * 1.05
 
 
 wires = st.tuples(st.integers(1024, 10**6), st.integers(0, 10**6), st.integers(0, 10**7)).map(
@@ -195,7 +182,7 @@ def test_chunks_and_windows_keep_to_any_bounds(
     assume(work.model.num_layers > 1)
     links = (LinkCard(source="node-0", target="node-1", delay_s=0.1, rate_mbps=rate_mbps),)
     fleet = Fleet(nodes=(nodes[0], replace(nodes[0], node="node-1")), links=links)
-    (link,) = make_plan(fleet, work, wire, PlanConfig(stages=2)).links
+    (link,) = make_plan(fleet, work, wire, replace(QUICK, stages=2)).links
     assert wire.min_chunk_bytes <= link.chunk_bytes <= wire.max_chunk_bytes
     assert link.chunk_bytes <= link.window_bytes <= wire.max_window_bytes
     if wire.min_chunk_bytes < link.chunk_bytes < wire.max_chunk_bytes:

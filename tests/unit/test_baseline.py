@@ -14,7 +14,8 @@ from rich.console import Console
 
 from actors.centralised import CentralisedWorker, WorkerSpec, ring_bytes
 from actors.errors import ConfigError, DataError, FleetError, PlanError, RunBusy, StageError
-from actors.spec import EvalReport, NodeCard, StepReport
+from actors.fleet_spec import NodeCard
+from actors.spec import EvalReport, StepReport
 from orchestrator.baseline import plan_baseline, train_baseline
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise

@@ -19,9 +19,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from actors.fleet_spec import Fleet, NodeCard
 from actors.prepare import prepare
 from actors.shards import file_name, unit_names
-from actors.spec import Fleet, NodeCard, Plan, SavedFile
+from actors.spec import Plan, SavedFile
 from actors.store import open_store
 from actors.token_shards import DataManifest
 from orchestrator import cli
@@ -261,7 +262,8 @@ def test_plan_shows_the_plan_and_leaves_that_of_a_run_alone(
         for i in range(2)
     ]
     monkeypatch.setattr("orchestrator.fleet.open_fleet", lambda *_: nullcontext())
-    monkeypatch.setattr("orchestrator.recipe.plan_fleet", lambda *_: (Fleet(nodes=tuple(cards), links=()), plan))
+    monkeypatch.setattr("orchestrator.recipe.probe_fleet", lambda *_: Fleet(nodes=tuple(cards), links=()))
+    monkeypatch.setattr("orchestrator.recipe.explained_plan", lambda *_: plan)
     with folder.lock() if has_begun else nullcontext():
         assert cli.main(["plan", *small_run(tmp_path)]) == 0
     assert "what binds: link 0 -> 1" in capsys.readouterr().out

@@ -24,8 +24,8 @@ def test_a_cross_edge_is_undone_where_that_carries_more() -> None:
 
 
 def test_an_edge_without_limit_takes_what_the_others_leave() -> None:
-    value, flows_E = max_flow(3, *arrays([(0, 1, np.inf), (1, 2, 2.5)]), 0, 2)
-    assert (value, flows_E.tolist()) == (2.5, [2.5, 2.5])
+    value, flows_E = max_flow(3, *arrays([(0, 1, np.inf), (1, 2, 2.5), (1, 2, 1.0)]), 0, 2)
+    assert (value, flows_E.tolist()) == (3.5, [3.5, 2.5, 1.0])
 
 
 def test_a_path_without_limit_carries_infinitely_much() -> None:

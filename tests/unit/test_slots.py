@@ -60,6 +60,6 @@ def test_a_machine_of_its_own_has_as_many_places_as_asked() -> None:
 
 def test_a_price_is_the_nodes_own_or_its_regions() -> None:
     nodes = [ray_node("a", cpus=1, region="eu"), ray_node("b", cpus=1, region="eu", price="2.5")]
-    assert [slot.price_per_hour for slot in slots(*nodes, region_prices={"eu": 1.5})] == [1.5, 2.5]
+    assert [slot.offer.price_per_hour for slot in slots(*nodes, region_prices={"eu": 1.5})] == [1.5, 2.5]
     with pytest.raises(FleetError, match="label price is 'dear'"):
         slots(ray_node("a", cpus=1, price="dear"))

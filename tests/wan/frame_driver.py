@@ -24,7 +24,7 @@ from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt, Verdict
 from actors.node import CONCURRENCY_GROUPS, RayCarrier
 from actors.settings import WireConfig
 from actors.spec import Kind
-from orchestrator.planner.plan import chunk_and_window_bytes
+from orchestrator.planner.assemble import chunk_and_window_bytes
 
 TIMEOUT_S = 60.0
 WIDTH = 100

@@ -1,0 +1,67 @@
+"""Which codec each link carries, within what the loss may rise.
+
+PURE. Links start with the mildest pair; the one that holds the step up most gets the next smaller pair, while the
+budget lasts. What a pair costs was measured (docs/quality.md: three links, a small model): costs are taken to add up
+over links, and to be at least what the measurement can tell from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+CodecPair = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecCost:
+    """A pair of codecs, forward and backward, and the share by which one such link raises the held-out loss."""
+
+    pair: CodecPair
+    loss_share: float
+
+
+# Mildest first; shares of `python -m bench.quality` (bench/results/quality.json) divided by its three links.
+LADDER = (
+    CodecCost(pair=("q8", "q8"), loss_share=0.0004 / 3),
+    CodecCost(pair=("q8", "hq4-stochastic"), loss_share=0.0016 / 3),
+    CodecCost(pair=("hq4", "q8"), loss_share=0.0304 / 3),
+    CodecCost(pair=("hq4", "hq4-stochastic"), loss_share=0.0325 / 3),
+)
+
+
+def choose_codecs(
+    num_links: int, budget: float, step_s: Callable[[Sequence[CodecPair]], float]
+) -> tuple[CodecPair, ...]:
+    """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most.
+
+    Greedy: of all single steps down the ladder that the budget allows, and of all links at once, the one that shortens
+    the step most is taken, until none does. With a budget below the mildest pair's cost all links have that pair.
+    """
+    rungs = [0] * num_links
+
+    def pairs(rungs: Sequence[int]) -> tuple[CodecPair, ...]:
+        return tuple(LADDER[rung].pair for rung in rungs)
+
+    best_s = step_s(pairs(rungs))
+    while True:
+        candidates = [
+            [*rungs[:link], rung, *rungs[link + 1 :]]
+            for link in range(num_links)
+            for rung in range(rungs[link] + 1, len(LADDER))
+        ]
+        candidates += [[max(rung, low) for rung in rungs] for low in range(1, len(LADDER))]
+        found = [
+            (step_s(pairs(candidate)), candidate)
+            for candidate in candidates
+            if candidate != rungs and sum(LADDER[rung].loss_share for rung in candidate) <= budget
+        ]
+        if not found or min(found)[0] >= best_s:
+            return pairs(rungs)
+        best_s, rungs = min(found)
+
+
+def loss_share(pairs: Sequence[CodecPair]) -> float | None:
+    """Return by which share these links raise the held-out loss, as measured; None where a pair was not measured."""
+    costs = {cost.pair: cost.loss_share for cost in LADDER} | {("none", "none"): 0.0}
+    return sum(costs[pair] for pair in pairs) if all(pair in costs for pair in pairs) else None

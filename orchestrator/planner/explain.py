@@ -1,0 +1,165 @@
+"""What a person wants to know of a plan before money is spent: how good it can be, what else there is, what would help.
+
+PURE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from actors.errors import PlanError
+from actors.fleet_spec import Fleet, NodeCard
+from actors.settings import WireConfig
+from actors.spec import Alternative, Plan
+from orchestrator.planner.assemble import Option, plan_of
+from orchestrator.planner.binding import what_binds
+from orchestrator.planner.bound import throughput_bound
+from orchestrator.planner.build import Workload, make_problem
+from orchestrator.planner.choices import PlanConfig, limits_of
+from orchestrator.planner.objective import Limits, score
+from orchestrator.planner.plan import best_option, codec_sets, even_option, find
+from orchestrator.planner.problem import Problem
+
+_MOST_ADVICE = 3
+_MOST_REGIONS = 8
+# What helps less than this is not worth a line.
+_WORTH_A_LINE = 0.01
+# The budget of each what-if, which starts from the plan itself.
+_EVALUATIONS = 20_000
+
+
+def explained_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
+    """Return `make_plan`'s plan with its certified bound, plans to compare it with, and what would help most."""
+    option = best_option(fleet, work, wire, config)
+    even = even_option(option, config)
+    plan = plan_of(option, even_step_s=None if even is None else even.found.step_s)
+    alternatives = () if even is None else (_alternative("even split, same nodes", even),)
+    return replace(
+        plan,
+        bound_tokens_per_s=_bound_tokens_per_s(option, config),
+        alternatives=alternatives + tuple(_single_regions(option, fleet, work, wire, config)),
+        advice=tuple(_advice(option, config)),
+    )
+
+
+def _bound_tokens_per_s(option: Option, config: PlanConfig) -> float:
+    """Return what no plan for this fleet exceeds in the long run, whatever is chosen of all that may be chosen."""
+    limits = limits_of(option.fleet, config, option.work.batch.step_tokens)
+    rates: list[float] = []
+    for batch in config.batches(option.work.batch):
+        work = replace(option.work, batch=batch)
+        # The last set has the smallest frames that may be used.
+        problem = make_problem(option.fleet, work, option.wire, codecs=codec_sets(config)[-1])
+        rates.append(throughput_bound(problem, limits).rate * batch.microbatch_tokens)
+    return max(rates)
+
+
+def _alternative(name: str, option: Option) -> Alternative:
+    plan = plan_of(option, even_step_s=None)
+    return Alternative(
+        name=name, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, dollars_per_mtoken=plan.dollars_per_mtoken
+    )
+
+
+def _single_regions(
+    option: Option, fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
+) -> Iterator[Alternative]:
+    """Yield the best plan that stays within one region, where the plan itself does not."""
+    regions = list(dict.fromkeys(node.region for node in option.fleet.nodes))
+    if len({option.fleet.nodes[node].region for node in option.placement.used}) == 1:
+        return
+    inside: list[tuple[float, str, Option]] = []
+    for region in regions[:_MOST_REGIONS]:
+        try:
+            best = best_option(fleet, work, wire, replace(config, regions=(region,)))
+        except PlanError:
+            # It does not fit there: no alternative.
+            continue
+        inside.append((best.found.step_s, region, best))
+    if inside:
+        _, region, best = min(inside, key=lambda item: item[:2])
+        yield _alternative(f"best within one region ({region})", best)
+    else:
+        yield Alternative(
+            name="within one region: fits in none",
+            step_s=float("nan"),
+            tokens_per_s=0.0,
+            dollars_per_mtoken=float("nan"),
+        )
+
+
+@dataclass(frozen=True)
+class _WhatIf:
+    """A change to the fleet, in words, with its price an hour and the plan's own score under it."""
+
+    words: str
+    dollars_per_hour: float
+    problem: Problem
+    limits: Limits
+
+
+def _advice(option: Option, config: PlanConfig) -> list[str]:
+    """Return what would help most: by gain for a dollar an hour where it has a price, the free changes before."""
+    limits = limits_of(option.fleet, config, option.work.batch.step_tokens)
+    now = score(option.problem, limits, option.placement)
+    gains: list[tuple[float, str]] = []
+    for change in _changes(option, limits):
+        small = replace(config, evaluations=min(_EVALUATIONS, config.evaluations or _EVALUATIONS))
+        found = find(change.problem, small, change.limits, start=option.placement)
+        gain = now / found.score - 1
+        if gain < _WORTH_A_LINE:
+            continue
+        what = {"throughput": "faster", "dollars": "more tokens for a dollar", "cheapest": "cheaper"}[limits.objective]
+        words = f"{change.words}: {gain:.0%} {what}"
+        if change.dollars_per_hour:
+            words += f" for ${change.dollars_per_hour:.2f} more an hour"
+        gains.append((gain / max(change.dollars_per_hour, 1e-9), words))
+    return [words for _, words in sorted(gains, reverse=True)[:_MOST_ADVICE]]
+
+
+def _changes(option: Option, limits: Limits) -> Iterator[_WhatIf]:
+    """Yield one more node of each kind that the fleet has, a binding link of twice the rate, and half the delays."""
+    problem = option.problem
+    kinds: dict[tuple[str, str], NodeCard] = {}
+    for card in option.fleet.nodes:
+        kinds.setdefault((card.device, card.region), card)
+    if option.placement.num_stages < problem.num_layers:
+        for (device, region), card in kinds.items():
+            words = f"one more {device} in {region}"
+            yield _WhatIf(words, card.price_per_hour, _with_node(option, card), limits)
+    binding = what_binds(problem, option.placement, option.found)
+    if binding.kind == "link":
+        source, target = (option.placement.nodes[binding.stage + end][0] for end in (0, 1))
+        p, q = int(problem.place_N[source]), int(problem.place_N[target])
+        faster = problem.byte_s_PP.copy()
+        faster[[p, q], [q, p]] /= 2
+        shared = problem.shared_bytes_per_s_PP.copy()
+        shared[[p, q], [q, p]] *= 2
+        names = f"{option.fleet.nodes[source].node} and {option.fleet.nodes[target].node}"
+        doubled = replace(
+            problem,
+            byte_s_PP=faster,
+            shared_bytes_per_s_PP=shared,
+            uplink_byte_s_N=problem.uplink_byte_s_N / 2,
+            downlink_byte_s_N=problem.downlink_byte_s_N / 2,
+        )
+        yield _WhatIf(f"twice the rate between {names}", 0.0, doubled, limits)
+    if binding.kind == "round trip":
+        room = replace(problem, memory_bytes_N=2 * problem.memory_bytes_N, schedule="gpipe")
+        yield _WhatIf("twice the memory, with plan.schedule=gpipe", 0.0, room, limits)
+
+
+def _with_node(option: Option, card: NodeCard) -> Problem:
+    """Return the problem with one more node like `card`, in the same place as it, last."""
+    problem = option.problem
+    index = option.fleet.nodes.index(card)
+    grown = {name: np.append(value, value[index]) for name, value in vars(problem).items() if name.endswith("_N")}
+    if problem.num_places == problem.num_nodes:
+        # Each node is a place of its own: the newcomer's links are like its twin's, and the two are near each other.
+        order = [*range(problem.num_nodes), index]
+        tables = {name: value[np.ix_(order, order)] for name, value in vars(problem).items() if name.endswith("_PP")}
+        grown |= tables | {"place_N": np.arange(problem.num_nodes + 1, dtype=np.int32)}
+    return replace(problem, **grown)

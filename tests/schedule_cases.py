@@ -1,0 +1,42 @@
+"""Pipelines to schedule, as hypothesis draws them, and what a pipeline of equal stages takes."""
+
+from hypothesis import strategies as st
+
+from actors.play import PipelineTimes
+
+# Tenths of seconds, zero among them: ties and things that take no time are where orders go wrong.
+_SECONDS = st.integers(0, 30).map(lambda tenths: tenths / 10)
+SCHEDULES = st.sampled_from(["gpipe", "1f1b", "bdp", "bdp-split"])
+LIST_SCHEDULES = st.sampled_from(["bdp", "bdp-split"])
+
+
+@st.composite
+def pipeline_times(draw: st.DrawFn, max_stages: int = 5) -> PipelineTimes:
+    num_stages = draw(st.integers(1, max_stages))
+
+    def seconds(count: int) -> tuple[float, ...]:
+        return tuple(draw(st.lists(_SECONDS, min_size=count, max_size=count)))
+
+    return PipelineTimes(
+        forward_s_S=seconds(num_stages),
+        input_backward_s_S=seconds(num_stages),
+        weight_backward_s_S=seconds(num_stages),
+        send_down_s_L=seconds(num_stages - 1),
+        delay_down_s_L=seconds(num_stages - 1),
+        send_up_s_L=seconds(num_stages - 1),
+        delay_up_s_L=seconds(num_stages - 1),
+    )
+
+
+def equal_stages(num_stages: int, *, part_s: float, send_s: float, delay_s: float) -> PipelineTimes:
+    """Return times of stages whose forward and halves of the backward take the same, on links that are all the same."""
+    stages, links = (part_s,) * num_stages, num_stages - 1
+    return PipelineTimes(
+        forward_s_S=stages,
+        input_backward_s_S=stages,
+        weight_backward_s_S=stages,
+        send_down_s_L=(send_s,) * links,
+        delay_down_s_L=(delay_s,) * links,
+        send_up_s_L=(send_s,) * links,
+        delay_up_s_L=(delay_s,) * links,
+    )
