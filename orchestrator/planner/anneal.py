@@ -29,6 +29,8 @@ from orchestrator.planner.tables import (
 
 # After so many evaluations the temperature is set anew.
 _STRIDE = 32
+# How often two changes are made as one.
+_TWO_AT_ONCE = 0.25
 _ROUNDING = 1e-12
 # What a descent tries in turn: a layer from each stage to each other; each node for each spare one or one of another
 # stage; each replica or stage dropped; each spare node added to each stage.
@@ -69,7 +71,7 @@ def explore(
     if not is_descent:
         cooling = (cold / hot) ** (_STRIDE / max(evaluations, 1))
     num_spares = list_spares(current, spares_N, scratch.stage_of_N)
-    current_e, done, used, tried = np.inf, 1, 0, 0
+    current_e, done, used, tried, is_listed = np.inf, 1, 0, 0, True
     while used < evaluations and tried < evaluations:
         if used > 0:
             if is_descent:
@@ -81,6 +83,11 @@ def explore(
                 if tried % _STRIDE == 0:
                     temperature *= cooling
                 done = change(tables, rules, trial, scratch, spares_N, num_spares, stream)
+                if done > 0 and draw_share(stream) < _TWO_AT_ONCE:
+                    if done == 2:
+                        num_spares = list_spares(trial, spares_N, scratch.stage_of_N)
+                        is_listed = False
+                    done = max(done, change(tables, rules, trial, scratch, spares_N, num_spares, stream))
             if done == 0:
                 continue
         used += 1
@@ -109,6 +116,9 @@ def explore(
                     cursor[_B] = np.iinfo(np.int32).max
         else:
             copy_state(current, trial)
+            if not is_listed:
+                num_spares = list_spares(current, spares_N, scratch.stage_of_N)
+        is_listed = True
     return used, current_e
 
 

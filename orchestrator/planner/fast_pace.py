@@ -26,6 +26,8 @@ from orchestrator.planner.tables import (
 )
 
 _ROUNDING = 1e-9
+# How often a later moment is tried before microbatches are dealt one by one.
+_TRIES = 8
 
 
 @inner
@@ -50,12 +52,22 @@ def split_into(seconds_R: Floats, num_replicas: int, num_microbatches: int, shar
     rate = 0.0
     for replica in range(num_replicas):
         rate += 1.0 / seconds_R[replica]
-    # All that a replica finishes before this moment is its own in any case; only the few others are dealt one by one.
-    moment_s = num_microbatches / rate * (1.0 - _ROUNDING)
-    left = num_microbatches
+    # All that replicas finish before a moment is their own, if it is not too much; the others are dealt one by one.
+    moment_s, step_s, left = 0.0, num_microbatches / rate * (1.0 - _ROUNDING), num_microbatches
+    shares_R[:num_replicas] = 0
+    for _ in range(_TRIES):
+        rest = num_microbatches
+        for replica in range(num_replicas):
+            rest -= int((moment_s + step_s) / seconds_R[replica])
+        if rest < 0:
+            step_s /= 2
+            continue
+        moment_s += step_s
+        step_s, left = rest / rate, rest
+        if left * 4 <= num_replicas:
+            break
     for replica in range(num_replicas):
         shares_R[replica] = int(moment_s / seconds_R[replica])
-        left -= shares_R[replica]
     for _ in range(left):
         best, best_s = 0, np.inf
         for replica in range(num_replicas):

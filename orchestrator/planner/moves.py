@@ -25,11 +25,11 @@ Stream = NDArray[np.uint64]
 
 # How often each is tried: layers between stages, stages change places, nodes of two stages, a node for a spare one, a
 # run of stages elsewhere, a run reversed, a node or stage dropped, one added, a replica moved, two stages joined, one
-# cut in two.
-_ODDS = np.array([6.0, 2.0, 3.0, 3.0, 2.0, 1.5, 1.0, 1.5, 1.5, 0.4, 0.4])
-(_SHIFT, _TRADE, _SWAP, _REPLACE, _RELOCATE, _REVERSE, _DROP, _ADD, _MIGRATE, _JOIN, _CUT) = range(11)
+# cut in two; or a node brought behind one that is near to it.
+_ODDS = np.array([6.0, 2.0, 3.0, 3.0, 2.0, 1.5, 1.0, 1.5, 5.0, 1.5, 0.4, 0.4])
+(_SHIFT, _TRADE, _SWAP, _REPLACE, _RELOCATE, _REVERSE, _DROP, _ADD, _NEAR, _MIGRATE, _JOIN, _CUT) = range(12)
 _CHANCES = np.cumsum(_ODDS) / _ODDS.sum()
-_CHAIN_ODDS = _ODDS * (np.arange(11) < _MIGRATE)
+_CHAIN_ODDS = _ODDS * (np.arange(12) < _MIGRATE)
 _CHAIN_CHANCES = np.cumsum(_CHAIN_ODDS) / _CHAIN_ODDS.sum()
 # The longest run of stages that moves as one, and the most layers that follow a change of nodes.
 _LONGEST_RUN, _MOST_LEVELLED = 3, 4
@@ -96,12 +96,7 @@ def change(
         start, target = draw_below(stream, num_stages - length + 1), draw_below(stream, num_stages - length + 1)
         if start == target:
             return 0
-        # Turned about three times, two neighbouring runs change places.
-        low, high = min(start, target), max(start, target) + length
-        middle = low + length if start < target else high - length
-        _turn(state, low, middle)
-        _turn(state, middle, high)
-        _turn(state, low, high)
+        _relocate(state, start, length, target)
     elif kind == _REVERSE:
         if a == b:
             return 0
@@ -133,6 +128,11 @@ def change(
                 members_SR[position, copy] = spares_N[(pick + copy) % num_spares]
             fill_stage(tables, state, position, scratch.weight_S)
         done = 2
+    elif kind == _NEAR:
+        done = _bring_near(tables, state, scratch, spares_N, num_spares, stream)
+        if done == 0:
+            return 0
+        level = True
     elif kind == _MIGRATE:
         if a == b or counts_S[b] < 2 or counts_S[a] >= rules.max_replicas:
             return 0
@@ -189,6 +189,64 @@ def _turn(state: State, start: int, stop: int) -> None:
         _exchange(state, low, high)
         low += 1
         high -= 1
+
+
+@inner
+def _relocate(state: State, start: int, length: int, target: int) -> None:
+    """Move a run of stages so that it starts at `target`: turned about three times, two runs change places."""
+    low, high = min(start, target), max(start, target) + length
+    middle = low + length if start < target else high - length
+    _turn(state, low, middle)
+    _turn(state, middle, high)
+    _turn(state, low, high)
+
+
+@inner
+def _bring_near(tables: Tables, state: State, scratch: Scratch, spares_N: Ints, num_spares: int, stream: Stream) -> int:
+    """Bring a node behind, or before, one that is near to it; return as `change`."""
+    num_stages, counts_S, members_SR = state.size[0], state.counts_S, state.members_SR
+    num_near = tables.near_NK.shape[1]
+    if num_near == 0:
+        return 0
+    a = _pick(num_stages, scratch.link_s_S, stream)
+    is_behind = draw_share(stream) < 0.5
+    if not is_behind:
+        a = min(a + 1, num_stages - 1)
+    near = tables.near_NK[members_SR[a, draw_below(stream, counts_S[a])], draw_below(stream, num_near)]
+    b = a + 1 if is_behind else a - 1
+    home, place = -1, 0
+    for stage in range(num_stages):
+        for replica in range(counts_S[stage]):
+            if members_SR[stage, replica] == near:
+                home, place = stage, replica
+    if home in (a, b):
+        return 0
+    way = draw_below(stream, 4)
+    if home < 0:
+        if 0 <= b < num_stages and way < 2:
+            members_SR[b, draw_below(stream, counts_S[b])] = near
+        elif num_stages < len(counts_S):
+            position = max(a, b)
+            open_stage(state, position)
+            counts_S[position] = 1
+            members_SR[position, 0] = near
+            fill_stage(tables, state, position, scratch.weight_S)
+        else:
+            return 0
+        return 2
+    if way == 0 and 0 <= b < num_stages:
+        replica = draw_below(stream, counts_S[b])
+        members_SR[b, replica], members_SR[home, place] = near, members_SR[b, replica]
+    elif way == 1 and 0 <= b < num_stages:
+        _exchange(state, b, home)
+    elif way == 2 or home == 0 or home + 1 == num_stages:
+        _relocate(state, home, 1, (a if home < a else a + 1) if is_behind else (a - 1 if home < a else a))
+    elif home > a:
+        # The run between them turned about makes them neighbours.
+        _turn(state, a + 1, home + 1)
+    else:
+        _turn(state, home + 1, a + 1)
+    return 1
 
 
 @inner

@@ -6,6 +6,7 @@ worse than the placement it is given to start from, nor than equal stages on the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,7 +18,7 @@ from orchestrator.planner.draws import new_stream
 from orchestrator.planner.moves import Stream
 from orchestrator.planner.objective import Found, Limits
 from orchestrator.planner.problem import Placement, Problem
-from orchestrator.planner.starts import starting_groups
+from orchestrator.planner.starts import pinned, starting_groups
 from orchestrator.planner.tables import (
     Counts,
     Floats,
@@ -35,18 +36,21 @@ from orchestrator.planner.tables import (
     write_state,
 )
 
-# How many starts are annealed, and which part of the evaluations they and then the best of them get.
-_NUM_STARTS, _FIRST_PART, _SECOND_PART = 6, 0.5, 0.4
-_STARTS_PART = 0.1
+# Which part of the evaluations goes to comparing starts, to annealing from many of them, and from the best again; the
+# rest goes to descent.
+_STARTS_PART, _MANY_PART, _BEST_PART = 0.1, 0.65, 0.2
+# How long one annealing is, over the square of the number of nodes, and how many there are at least and at most.
+_EACH_OVER_SQUARE, _FEWEST, _MOST = 20, 4, 100
 # Temperatures, as parts of the cost, of the first and of the later annealing.
-_HOT, _WARM, _COLD = 0.05, 0.01, 2e-4
-# How dear it is to break a limit: some searches go through what is not allowed, some avoid it.
+_HOT, _WARM, _COLD = 0.03, 0.01, 2e-3
+# How dear it is to break a limit: a search gets through what is not allowed, and out again.
 _LENIENT, _STRICT = 3.0, 30.0
 
 
 def default_evaluations(problem: Problem) -> int:
-    """Return a budget that takes some seconds at most: 0.4 s for 8 nodes, 2 s for 64, 4 s for 200."""
-    return int(400_000 * min(1.0, problem.num_nodes / 64) ** 0.5)
+    """Return a budget that takes some seconds at most: 0.4 s for 12 nodes, 2 s for 64, 4 s for 200."""
+    nodes = problem.num_nodes
+    return int(600_000 * (64 / nodes) ** 0.5) if nodes > 64 else int(250_000 + 350_000 * nodes / 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,11 +118,21 @@ class Searcher:
             found.append((self.offer(placement), placement))
         return min(found, key=lambda pair: pair[0])
 
-    def anneal(self, placement: Placement, stream: Stream, evaluations: int, hot: float, strictness: float) -> None:
-        """Anneal a placement, from this temperature on."""
+    def anneal(
+        self,
+        placement: Placement,
+        stream: Stream,
+        evaluations: int,
+        hot: float,
+        strictness: float,
+        *,
+        is_chain: bool = False,
+    ) -> None:
+        """Anneal a placement, from this temperature on; a chain stays one."""
         if evaluations > 0:
             write_state(self.current, placement)
-            self._explore(stream, evaluations, hot, strictness)
+            rules = self.rules._replace(max_replicas=1) if is_chain else self.rules
+            self._explore(stream, evaluations, hot, strictness, rules)
 
     def descend(self, placement: Placement, evaluations: int) -> None:
         """Improve a placement by small changes until none helps."""
@@ -126,10 +140,12 @@ class Searcher:
             write_state(self.current, placement)
             self._explore(new_stream(0, 0), evaluations, 0.0, _STRICT)
 
-    def _explore(self, stream: Stream, evaluations: int, hot: float, strictness: float) -> float:
+    def _explore(
+        self, stream: Stream, evaluations: int, hot: float, strictness: float, rules: Rules | None = None
+    ) -> float:
         used, energy = explore(
             self.tables,
-            self.rules,
+            rules or self.rules,
             self.current,
             self.trial,
             self.best,
@@ -168,16 +184,23 @@ def search(
             break
         starts.append(searcher.cut(groups))
     starts.sort(key=lambda pair: pair[0])
-    chosen = _different(starts, _NUM_STARTS)
     left = budget - searcher.used
-    for index, placement in enumerate(chosen):
-        strictness = _LENIENT if index % 2 == 0 else _STRICT
-        searcher.anneal(placement, new_stream(seed, index), int(left * _FIRST_PART / len(chosen)), _HOT, strictness)
+    rng = np.random.default_rng(seed)
+    num_runs = int(left * _MANY_PART / (_EACH_OVER_SQUARE * problem.num_nodes**2))
+    num_runs = min(max(num_runs, _FEWEST), _MOST)
+    each = int(left * _MANY_PART / num_runs)
+    varied = _varied(problem, limits, searcher, starts, num_runs, rng) if each > 0 else iter(())
+    for index, placement in enumerate(varied):
+        # Every other time replicas are left out: where they do not help, they only stand in the way.
+        is_chain = index % 2 == 0 and limits.min_copies == 1 and all(len(nodes) == 1 for nodes in placement.nodes)
+        searcher.anneal(placement, new_stream(seed, index), each, _HOT, _LENIENT, is_chain=is_chain)
+        if searcher.used + CUT_EVALUATIONS + each > budget:
+            break
     for index in range(2):
-        found = searcher.placement or (chosen[0] if chosen else None)
+        found = searcher.placement or (starts[0][1] if starts else None)
         if found is not None:
-            each = int(left * _SECOND_PART / 2)
-            searcher.anneal(found, new_stream(seed, _NUM_STARTS + index), each, _WARM, _STRICT)
+            each = int(left * _BEST_PART / 2)
+            searcher.anneal(found, new_stream(seed, num_runs + index), each, _WARM, _STRICT)
     found = searcher.placement
     if found is not None and searcher.used < budget:
         searcher.descend(found, budget - searcher.used)
@@ -201,10 +224,21 @@ def even_placement(problem: Problem, limits: Limits) -> Placement | None:
     return Placement(bounds=bounds, nodes=tuple((node,) for node in range(num_stages)))
 
 
-def _different(starts: list[tuple[float, Placement]], most: int) -> list[Placement]:
-    """Return the best starts, no two on the same nodes in the same stages."""
-    chosen: dict[tuple[tuple[int, ...], ...], Placement] = {}
-    for _, placement in starts:
-        if len(chosen) < most:
-            chosen.setdefault(placement.nodes, placement)
-    return list(chosen.values())
+def _varied(
+    problem: Problem,
+    limits: Limits,
+    searcher: Searcher,
+    starts: list[tuple[float, Placement]],
+    most: int,
+    rng: np.random.Generator,
+) -> Iterator[Placement]:
+    """Yield the best starts, no two on the same nodes in the same stages, and in turn such on nodes at random."""
+    different = list({placement.nodes: placement for _, placement in reversed(starts)}.values())[::-1]
+    for index in range(most if different else 0):
+        if index // 2 < len(different) and index % 2 == 0:
+            yield different[index // 2]
+            continue
+        sizes = [len(nodes) for nodes in different[int(rng.integers(len(different)))].nodes]
+        nodes = iter(rng.permutation(problem.num_nodes).tolist())
+        groups = pinned(tuple(tuple(next(nodes) for _ in range(size)) for size in sizes), limits)
+        yield searcher.cut(groups)[1]

@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.planner.objective import Limits
 from orchestrator.planner.problem import Floats, Problem
-from orchestrator.planner.tables import most_stages
+from orchestrator.planner.tables import link_seconds, most_stages
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -32,7 +32,7 @@ def starting_groups(problem: Problem, limits: Limits, seed: int) -> Iterator[Gro
                     continue
                 strung = string_nodes(order[:num_nodes], link_s_NN)
                 groups = _grouped(problem, strung, num_stages, limits.max_replicas)
-                groups = _pinned(groups, limits)
+                groups = pinned(groups, limits)
                 if groups not in seen:
                     seen.add(groups)
                     yield groups
@@ -51,15 +51,6 @@ def node_orders(problem: Problem, seed: int) -> list[list[int]]:
         rng.random(problem.num_nodes),
     )
     return [np.argsort(key, kind="stable").tolist() for key in keys]
-
-
-def link_seconds(problem: Problem) -> Floats:
-    """Return how long a microbatch's frames take from each node to each other and back."""
-    places_N = problem.place_N
-    forward, backward = problem.forward_bytes_L[0], problem.backward_bytes_L[0]
-    one_way_s_PP = problem.delay_s_PP + forward * problem.byte_s_PP
-    back_s_PP = problem.delay_s_PP + backward * problem.byte_s_PP
-    return (one_way_s_PP + back_s_PP.T)[np.ix_(places_N, places_N)]
 
 
 def string_nodes(nodes: Sequence[int], link_s_NN: Floats) -> list[int]:
@@ -93,7 +84,7 @@ def _grouped(problem: Problem, strung: list[int], num_stages: int, max_replicas:
     return tuple(tuple(strung[a : min(b, a + max_replicas)]) for a, b in pairwise(bounds))
 
 
-def _pinned(groups: Groups, limits: Limits) -> Groups:
+def pinned(groups: Groups, limits: Limits) -> Groups:
     """Return the groups with pinned nodes in their stages, each in the place of one that is moved or left out."""
     stages = [list(group) for group in groups]
     pins = {node: stage % len(stages) for node, stage in limits.pins if -1 <= stage < len(stages)}

@@ -35,6 +35,8 @@ THROUGHPUT, DOLLARS, CHEAPEST = range(3)
 STEP, RATE, FILL, PACE, SYNC, COMMIT, SHORT, SHORT_SHARE, PRICE_SUM = range(9)
 # A larger graph of replicas is not solved for its flow; see `orchestrator.planner.fast_pace`.
 MOST_EDGES = 100_000
+# How many of a node's nearest are known to a search, and the largest fleet in which they are looked for.
+NUM_NEAR, MOST_STRUNG = 10, 1000
 
 
 class Tables(NamedTuple):
@@ -52,6 +54,8 @@ class Tables(NamedTuple):
     domain_N: Ints
     pair_PPF: Floats
     bytes_LF: Floats
+    # Each node's nearest others, nearest first; K of them.
+    near_NK: Ints
     # Whether anything binds all flows between two places together.
     has_shared: bool
 
@@ -146,8 +150,27 @@ def make_tables(problem: Problem) -> Tables:
         bytes_LF=np.ascontiguousarray(
             np.stack((problem.forward_bytes_L, problem.backward_bytes_L), axis=-1), np.float64
         ),
+        near_NK=_nearest(problem),
         has_shared=bool(np.isfinite(problem.shared_bytes_per_s_PP).any()),
     )
+
+
+def link_seconds(problem: Problem) -> Floats:
+    """Return how long a microbatch's frames take from each node to each other and back."""
+    there_s_PP = problem.delay_s_PP + problem.forward_bytes_L[0] * problem.byte_s_PP
+    back_s_PP = problem.delay_s_PP + problem.backward_bytes_L[0] * problem.byte_s_PP
+    places_N = problem.place_N
+    return (there_s_PP + back_s_PP.T)[np.ix_(places_N, places_N)]
+
+
+def _nearest(problem: Problem) -> Ints:
+    """Return each node's nearest others by their links, and of those as near the fastest; none for large fleets."""
+    if problem.num_nodes > MOST_STRUNG:
+        return np.zeros((problem.num_nodes, 0), np.int32)
+    seconds_NN = link_seconds(problem) + problem.layer_s_N[None, :]
+    np.fill_diagonal(seconds_NN, np.inf)
+    most = min(NUM_NEAR, problem.num_nodes - 1)
+    return np.ascontiguousarray(np.argsort(seconds_NN, axis=1, kind="stable")[:, :most], np.int32)
 
 
 def make_rules(limits: Limits) -> Rules:
