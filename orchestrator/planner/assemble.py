@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,6 +20,7 @@ from orchestrator.planner.binding import Binding, what_binds
 from orchestrator.planner.build import BITS_PER_MEGABIT, Workload
 from orchestrator.planner.codecs import CodecPair, loss_share
 from orchestrator.planner.evaluate import Evaluation, compute_s, evaluate, memory_bytes
+from orchestrator.planner.played import played_step_s
 from orchestrator.planner.problem import Placement, Problem
 
 # A stage this much quicker than the slowest one waits most of the time it saves; memory this full leaves no layer more.
@@ -36,9 +38,14 @@ class Option:
     placement: Placement
     pairs: tuple[CodecPair, ...]
 
-    @property
+    @cached_property
     def found(self) -> Evaluation:
         return evaluate(self.problem, self.placement)
+
+    @cached_property
+    def step_s(self) -> float:
+        """The seconds of a step as its actions play."""
+        return played_step_s(self.problem, self.placement, self.found)
 
 
 def plan_of(option: Option, *, even_step_s: float | None) -> Plan:
@@ -48,14 +55,15 @@ def plan_of(option: Option, *, even_step_s: float | None) -> Plan:
     binding = what_binds(problem, placement, found)
     stages = tuple(_stage(option, found, binding, stage) for stage in range(placement.num_stages))
     links = tuple(_link(option, stage) for stage in range(placement.num_stages - 1))
-    tokens_per_s = work.batch.step_tokens / found.step_s
+    step_s = option.step_s
+    tokens_per_s = work.batch.step_tokens / step_s
     dollars_per_hour = float(sum(problem.price_N[node] for node in placement.used))
     lost = loss_share(option.pairs)
     return Plan(
         stages=stages,
         links=links,
         schedule=work.schedule,
-        step_s=found.step_s,
+        step_s=step_s,
         even_step_s=math.nan if even_step_s is None else even_step_s,
         tokens_per_s=tokens_per_s,
         dollars_per_hour=dollars_per_hour,

@@ -35,7 +35,7 @@ def explained_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanC
     """Return `make_plan`'s plan with its certified bound, plans to compare it with, and what would help most."""
     option = best_option(fleet, work, wire, config)
     even = even_option(option, config)
-    plan = plan_of(option, even_step_s=None if even is None else even.found.step_s)
+    plan = plan_of(option, even_step_s=None if even is None else even.step_s)
     alternatives = () if even is None else (_alternative("even split, same nodes", even),)
     return replace(
         plan,
@@ -78,7 +78,7 @@ def _single_regions(
         except PlanError:
             # It does not fit there: no alternative.
             continue
-        inside.append((best.found.step_s, region, best))
+        inside.append((best.step_s, region, best))
     if inside:
         _, region, best = min(inside, key=lambda item: item[:2])
         yield _alternative(f"best within one region ({region})", best)

@@ -39,7 +39,7 @@ def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
     """
     option = best_option(fleet, work, wire, config)
     even = even_option(option, config)
-    return plan_of(option, even_step_s=None if even is None else even.found.step_s)
+    return plan_of(option, even_step_s=None if even is None else even.step_s)
 
 
 def best_option(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Option:
@@ -48,16 +48,21 @@ def best_option(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConf
     fleet = allowed_fleet(fleet, config)
     require_counts(fleet, work, config)
     limits = limits_of(fleet, config, work.batch.step_tokens)
-    scored = [
-        (score(option.problem, limits, option.placement), option)
-        for option in _options(fleet, work, wire, config, limits)
-    ]
+    scored = [(_score(option, limits), option) for option in _options(fleet, work, wire, config, limits)]
     best = min((scored[0] for scored in scored), default=math.inf)
     if best == math.inf:
         raise _refusal(fleet, work, wire, config, limits)
     noise = 0.0 if all(node.estimated for node in fleet.nodes) else config.noise
     # The plainest comes first.
     return next(option for own, option in scored if own * (1 - noise) <= best)
+
+
+def _score(option: Option, limits: Limits) -> float:
+    """Return an option's score with its step as it plays, instead of the closed form that it was searched by."""
+    own = score(option.problem, limits, option.placement, option.found)
+    if own == math.inf or option.step_s > limits.max_step_s:
+        return math.inf
+    return own if limits.objective == "cheapest" else own * option.step_s / option.found.step_s
 
 
 def even_option(option: Option, config: PlanConfig) -> Option | None:

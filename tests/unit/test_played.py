@@ -1,0 +1,48 @@
+"""A step as its actions play, beside the closed form that searches use."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestrator.planner.evaluate import evaluate
+from orchestrator.planner.played import played_step_s
+from orchestrator.planner.problem import Placement
+from tests.planner_problems import uniform_problem
+
+FOUR = Placement(bounds=(0, 1, 2, 3, 4), nodes=((0,), (1,), (2,), (3,)))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+def test_near_nodes_play_as_the_closed_form_says(schedule) -> None:
+    problem = replace(uniform_problem(num_nodes=4, num_layers=4, num_microbatches=16), schedule=schedule)
+    found = evaluate(problem, FOUR)
+    # Halves of a backward that fill waits only make it shorter.
+    assert played_step_s(problem, FOUR, found) == pytest.approx(found.step_s, rel=0.1)
+
+
+def test_a_long_link_in_the_middle_holds_1f1b_up_more_than_the_closed_form_knows() -> None:
+    problem = uniform_problem(num_nodes=4, num_layers=4, num_microbatches=64)
+    delay_s = np.zeros((4, 4))
+    delay_s[[1, 2], [2, 1]] = 10.0
+    far = replace(problem, delay_s_PP=delay_s)
+    found = evaluate(far, FOUR)
+    # Two microbatches a round trip between stages 1 and 2: 3 s each, and 20 s of delay.
+    pace_s = (3 + 3 + 20) / 2
+    assert found.step_s < 64 * pace_s * 0.75
+    assert played_step_s(far, FOUR, found) == pytest.approx(64 * pace_s, rel=0.05)
+    # A window that the delay is reckoned into has no such stretch.
+    free = replace(far, schedule="bdp")
+    own = evaluate(free, FOUR)
+    assert played_step_s(free, FOUR, own) == pytest.approx(own.step_s, rel=0.05)
+
+
+def test_replicas_and_shared_ways_keep_the_closed_form() -> None:
+    problem = uniform_problem(num_nodes=4, num_layers=4, num_microbatches=16, frame_bytes=10.0)
+    pair = Placement(bounds=(0, 2, 4), nodes=((0, 1), (2, 3)))
+    assert played_step_s(problem, pair, evaluate(problem, pair)) == evaluate(problem, pair).step_s
+    narrow = replace(problem, uplink_byte_s_N=np.full(4, 1.0))
+    found = evaluate(narrow, FOUR)
+    # Frames of both ways share a middle stage's uplink: 20 s a microbatch, which single links do not show.
+    assert found.pace_s == pytest.approx(20.0)
+    assert played_step_s(narrow, FOUR, found) >= found.step_s
