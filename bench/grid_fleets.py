@@ -45,7 +45,7 @@ class Case:
 
 
 def read_cases(cases_dir: Path) -> list[Case]:
-    """Return the cases of a folder, by name; raises GridCasesError where it holds none or a file is not as it should."""
+    """Return the cases of a folder, by name; raises GridCasesError where it holds none or one is not as it should."""
     paths = sorted(cases_dir.glob("case*.json"))[: _MOST_CASES + 1]
     if not 1 <= len(paths) <= _MOST_CASES:
         raise GridCasesError(

@@ -1,4 +1,4 @@
-"""The seat search on DT-FM's own objective: its five cases, noisy ones, fresh random fleets, and small ones by brute force.
+"""The seat search on DT-FM's own objective: its five cases, noisy ones, fresh random fleets, small ones by brute force.
 
     python -m bench.planner_dtfm --cases DIR [--quick] [--check]
 
@@ -8,8 +8,8 @@ was tuned on the five cases and on noisy and random fleets of other seeds and an
 fleets named `regions` are of a generator made after it was done, and its first seeds.
 
 DT-FM's published code, run once for the project with its own settings (population 100, 4,900 trials), found what
-PUBLISHED_S says, in 444 to 1,230 s. On two other draws of noise of the same strength on the last case it found 61.94 and
-(after 1,000 trials) 63.64.
+PUBLISHED_S says, in 444 to 1,230 s. On two other draws of noise of the same strength on the last case it found 61.94
+and (after 1,000 trials) 63.64.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SMALL_SHAPES = (
     (8, 2, 4), (8, 4, 2), (9, 3, 3), (10, 2, 5), (10, 5, 2), (10, 2, 4), (11, 3, 3), (12, 3, 4), (12, 4, 3), (12, 6, 2),
 )  # fmt: skip
 SMALL_EVALUATIONS = 300_000
-# The bounds: a case's cost over the best known, its search's time on one core, and the gaps to the optimum of the small.
+# The bounds: a case's cost over the best known, its search's time on one core, and gaps to the optimum of the small.
 TOLERANCE, MOST_S, MOST_MEAN_GAP, MOST_GAP = 1e-6, 10.0, 0.001, 0.02
 
 
