@@ -179,7 +179,7 @@ def page(rows: list[Row]) -> str:
     for setting in SETTINGS:
         lines += [f"## {setting.name}", "", setting.note, ""]
         lines.append(
-            "| how | stages on nodes | codecs | tokens/s | $/M tokens | of peak | loss | step: plan, played | binds |"
+            "| how | stages on nodes | codecs | tokens/s | $/M tokens | of peak | loss | step, s | binds |"
         )
         lines.append("|---|---|---|---|---|---|---|---|---|")
         own = [row for row in rows if row.setting == setting.name]
