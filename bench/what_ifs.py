@@ -178,9 +178,7 @@ def page(rows: list[Row]) -> str:
     lines = [_HEAD]
     for setting in SETTINGS:
         lines += [f"## {setting.name}", "", setting.note, ""]
-        lines.append(
-            "| how | stages on nodes | codecs | tokens/s | $/M tokens | of peak | loss | step, s | binds |"
-        )
+        lines.append("| how | stages on nodes | codecs | tokens/s | $/M tokens | of peak | loss | step, s | binds |")
         lines.append("|---|---|---|---|---|---|---|---|---|")
         own = [row for row in rows if row.setting == setting.name]
         lines += [_line(row) for row in own]

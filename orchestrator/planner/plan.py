@@ -23,7 +23,7 @@ from orchestrator.planner.large import plan_large
 from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.search import in_order, search
-from orchestrator.planner.shortage import no_fit
+from orchestrator.planner.shortage import may_fit, no_fit
 from orchestrator.planner.validate import require_sound
 
 # Fleets of up to this many nodes are searched node by node, larger ones by classes of nodes.
@@ -160,6 +160,8 @@ def _placements(problem: Problem, config: PlanConfig, limits: Limits) -> Iterato
 
 def find(problem: Problem, config: PlanConfig, limits: Limits, start: Placement | None = None) -> Found:
     """Return what the search for this fleet's size finds."""
+    if not may_fit(problem):
+        return Found(placement=None, score=math.inf, evaluations=0)
     if problem.num_nodes > MAX_SEARCHED_NODES and limits.max_replicas > 1:
         return plan_large(problem, limits, seed=config.seed, evaluations=config.evaluations or _LARGE_EVALUATIONS)
     return search(problem, limits, seed=config.seed, evaluations=config.evaluations, start=start)

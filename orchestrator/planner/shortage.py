@@ -54,7 +54,21 @@ def no_fit(
     for change, changed_fleet, changed_work, changed_stages in _changes(fleet, work, num_stages):
         if least_short(make_problem(changed_fleet, changed_work, wire), changed_stages).short_bytes <= 0:
             return PlanError(message, f"it would fit with {change}")
-    return PlanError(message, "train a smaller model, with a smaller batch.seq_len, or on nodes with more memory")
+    return PlanError(
+        message,
+        "train a smaller model, with a smaller batch.seq_len and train.activation_checkpointing=true, or on nodes with "
+        "more memory",
+    )
+
+
+def may_fit(problem: Problem) -> bool:
+    """Return False where all nodes together have no room for all layers, whatever is put where: nothing to search for.
+
+    Each with one microbatch in flight, and without the ends.
+    """
+    each_N = problem.layer_state_bytes + problem.layer_saved_bytes_N
+    free_N = problem.memory_bytes_N - problem.fixed_bytes_N - problem.flight_bytes_N
+    return bool(np.maximum(0, np.floor(free_N / each_N)).sum() >= problem.num_layers)
 
 
 def least_short(problem: Problem, num_stages: int | None) -> Shortage:

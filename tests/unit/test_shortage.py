@@ -13,7 +13,7 @@ from actors.settings import BatchSpec, WireConfig
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.problem import Placement
-from orchestrator.planner.shortage import least_short, no_fit
+from orchestrator.planner.shortage import least_short, may_fit, no_fit
 from tests.part_times import part_times
 
 MODEL = ModelSpec(
@@ -93,3 +93,13 @@ def test_memory_is_read_from_arrays_of_every_node() -> None:
     problem = make_problem(fleet(10**9, 10**9), WORK, WireConfig())
     assert np.all(problem.memory_bytes_N == 10**9)
     assert least_short(problem, None).short_bytes < 0
+
+
+def test_nothing_is_searched_for_where_all_nodes_together_lack_room() -> None:
+    roomy = make_problem(fleet(10**9, 10**9), WORK, WireConfig())
+    assert may_fit(roomy)
+    each = roomy.layer_state_bytes + float(roomy.layer_saved_bytes_N[0])
+    once = float(roomy.fixed_bytes_N[0] + roomy.flight_bytes_N[0])
+    for layers, fits in ((3, True), (2, False)):
+        tight = make_problem(fleet(int(once + layers * each) + 1, int(once + 3 * each) + 1), WORK, WireConfig())
+        assert may_fit(tight) == fits
