@@ -72,7 +72,7 @@ def test_workers_must_share_the_microbatches(tmp_path: Path) -> None:
 
 
 def card(worker: int, layer_s: float, memory_bytes: int = 10**10) -> NodeCard:
-    times = part_times(4, layer_forward_s=layer_s, layer_backward_s=layer_s, embedding_s=0.0, head_s=0.0)
+    times = part_times(2, layer_forward_s=layer_s, layer_backward_s=layer_s, embedding_s=0.0, head_s=0.0)
     return NodeCard(
         node=f"worker-{worker}",
         host="here",
