@@ -46,10 +46,14 @@ _HOT, _WARM, _COLD = 0.02, 0.004, 1e-3
 _LENIENT, _STRICT = 3.0, 30.0
 
 
-def default_evaluations(problem: Problem) -> int:
-    """Return a budget that takes some seconds at most: 0.4 s for 12 nodes, 2 s for 64, 4 s for 200."""
+def default_evaluations(problem: Problem, limits: Limits) -> int:
+    """Return a budget that takes some seconds at most: 0.4 s for 12 nodes, 2 s for 64, 3 s for 200.
+
+    An evaluation takes longer where stages may have replicas.
+    """
     nodes = problem.num_nodes
-    return int(600_000 * (64 / nodes) ** 0.5) if nodes > 64 else int(250_000 + 350_000 * nodes / 64)
+    most = 600_000 if limits.max_replicas == 1 else 400_000
+    return int(most * (64 / nodes) ** 0.5) if nodes > 64 else int(250_000 + (most - 250_000) * nodes / 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,7 +175,7 @@ def search(
 
     Deterministic. Its score is `score`'s of its placement.
     """
-    budget = default_evaluations(problem) if evaluations is None else evaluations
+    budget = default_evaluations(problem, limits) if evaluations is None else evaluations
     wide = max((len(nodes) for nodes in start.nodes), default=1) if start is not None else 1
     searcher = Searcher.of(problem, limits, max(limits.max_replicas, wide))
     starts = list[tuple[float, Placement]]()
