@@ -52,8 +52,10 @@ def default_evaluations(problem: Problem, limits: Limits) -> int:
     An evaluation takes longer where stages may have replicas.
     """
     nodes = problem.num_nodes
+    if nodes > 64:
+        return int(600_000 * (64 / nodes) ** 0.5)
     most = 600_000 if limits.max_replicas == 1 else 400_000
-    return int(most * (64 / nodes) ** 0.5) if nodes > 64 else int(250_000 + (most - 250_000) * nodes / 64)
+    return int(250_000 + (most - 250_000) * nodes / 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
