@@ -101,6 +101,9 @@ def measure(seed: int, index: int) -> Instance:
         if one.placement is not None:
             assert math.isclose(score(problem, limits, one.placement), one.score, rel_tol=1e-9)
     is_found = math.isfinite(best.score) and math.isfinite(found.score)
+    gap = found.score / best.score - 1 if is_found else math.nan
+    # Nothing beats the optimum by more than rounding.
+    assert not gap < -1e-9, (index, found, best)
     return Instance(
         kind="chain" if is_chain else "replicas",
         memory=memory,
@@ -111,7 +114,7 @@ def measure(seed: int, index: int) -> Instance:
         limits=_changed(limits),
         best_score=best.score,
         found_score=found.score,
-        gap=found.score / best.score - 1 if is_found else math.nan,
+        gap=max(gap, 0.0) if is_found else math.nan,
         search_s=searched_s - started_s,
         optimum_s=done_s - searched_s,
     )

@@ -65,7 +65,7 @@ class _Choice:
 
 def default_replan_evaluations(problem: Problem) -> int:
     """Return a budget that takes 100 ms at most once compiled."""
-    return 12 if problem.num_nodes > _LARGE else 6000
+    return 10 if problem.num_nodes > _LARGE else 20_000
 
 
 def replan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import numpy as np
 
@@ -36,21 +36,26 @@ from orchestrator.planner.tables import (
     write_state,
 )
 
-# Which part of the evaluations goes to comparing starts, to annealing from many of them, and from the best again; the
-# rest goes to descent.
-_STARTS_PART, _MANY_PART, _BEST_PART = 0.1, 0.65, 0.2
+# Parts of the evaluations: to compare starts, to anneal from many, and from the best again; descent gets the rest.
+_STARTS_PART, _MANY_PART, _BEST_PART = 0.1, 0.55, 0.3
 # How long one annealing is, over the square of the number of nodes, and how many there are at least and at most.
-_EACH_OVER_SQUARE, _FEWEST, _MOST = 20, 4, 100
+_EACH_OVER_SQUARE, _FEWEST, _MOST = 20, 2, 100
 # Temperatures, as parts of the cost, of the first and of the later annealing.
-_HOT, _WARM, _COLD = 0.03, 0.01, 2e-3
+_HOT, _WARM, _COLD = 0.02, 0.004, 1e-3
 # How dear it is to break a limit: a search gets through what is not allowed, and out again.
 _LENIENT, _STRICT = 3.0, 30.0
 
 
-def default_evaluations(problem: Problem) -> int:
-    """Return a budget that takes some seconds at most: 0.4 s for 12 nodes, 2 s for 64, 4 s for 200."""
+def default_evaluations(problem: Problem, limits: Limits) -> int:
+    """Return a budget that takes some seconds at most: 0.4 s for 12 nodes, 2 s for 64, 3 s for 200.
+
+    An evaluation takes longer where stages may have replicas.
+    """
     nodes = problem.num_nodes
-    return int(600_000 * (64 / nodes) ** 0.5) if nodes > 64 else int(250_000 + 350_000 * nodes / 64)
+    if nodes > 64:
+        return int(600_000 * (64 / nodes) ** 0.5)
+    most = 600_000 if limits.max_replicas == 1 else 400_000
+    return int(250_000 + (most - 250_000) * nodes / 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,7 +177,7 @@ def search(
 
     Deterministic. Its score is `score`'s of its placement.
     """
-    budget = default_evaluations(problem) if evaluations is None else evaluations
+    budget = default_evaluations(problem, limits) if evaluations is None else evaluations
     wide = max((len(nodes) for nodes in start.nodes), default=1) if start is not None else 1
     searcher = Searcher.of(problem, limits, max(limits.max_replicas, wide))
     starts = list[tuple[float, Placement]]()
@@ -189,17 +194,18 @@ def search(
     num_runs = int(left * _MANY_PART / (_EACH_OVER_SQUARE * problem.num_nodes**2))
     num_runs = min(max(num_runs, _FEWEST), _MOST)
     each = int(left * _MANY_PART / num_runs)
-    varied = _varied(problem, limits, searcher, starts, num_runs, rng) if each > 0 else iter(())
-    for index, placement in enumerate(varied):
-        # Every other time replicas are left out: where they do not help, they only stand in the way.
-        is_chain = index % 2 == 0 and limits.min_copies == 1 and all(len(nodes) == 1 for nodes in placement.nodes)
+    if each < CUT_EVALUATIONS:
+        num_runs = 0
+    for index, placement in enumerate(_varied(problem, limits, searcher, starts, num_runs, rng)):
+        # A chain stays one every other time: where replicas do not help, they only stand in the way.
+        is_chain = index % 4 < 2 and limits.min_copies == 1 and all(len(nodes) == 1 for nodes in placement.nodes)
         searcher.anneal(placement, new_stream(seed, index), each, _HOT, _LENIENT, is_chain=is_chain)
         if searcher.used + CUT_EVALUATIONS + each > budget:
             break
     for index in range(2):
         found = searcher.placement or (starts[0][1] if starts else None)
         if found is not None:
-            each = int(left * _BEST_PART / 2)
+            each = min(int(left * _BEST_PART / 2), budget - searcher.used)
             searcher.anneal(found, new_stream(seed, num_runs + index), each, _WARM, _STRICT)
     found = searcher.placement
     if found is not None and searcher.used < budget:
@@ -232,13 +238,20 @@ def _varied(
     most: int,
     rng: np.random.Generator,
 ) -> Iterator[Placement]:
-    """Yield the best starts, no two on the same nodes in the same stages, and in turn such on nodes at random."""
+    """Yield the best chains and the best starts of all, no two on the same nodes in the same stages.
+
+    In fleets small enough for many searches, every other one starts from nodes at random.
+    """
     different = list({placement.nodes: placement for _, placement in reversed(starts)}.values())[::-1]
-    for index in range(most if different else 0):
-        if index // 2 < len(different) and index % 2 == 0:
-            yield different[index // 2]
+    chains = [one for one in different if all(len(nodes) == 1 for nodes in one.nodes)]
+    ranked = [one for pair in zip_longest(chains, different) for one in pair if one is not None]
+    has_random = most > _FEWEST
+    for index in range(most if ranked else 0):
+        place = index // 2 if has_random else index
+        if place < len(ranked) and not (has_random and index % 2 == 1):
+            yield ranked[place]
             continue
-        sizes = [len(nodes) for nodes in different[int(rng.integers(len(different)))].nodes]
+        sizes = [len(nodes) for nodes in ranked[int(rng.integers(len(ranked)))].nodes]
         nodes = iter(rng.permutation(problem.num_nodes).tolist())
         groups = pinned(tuple(tuple(next(nodes) for _ in range(size)) for size in sizes), limits)
         yield searcher.cut(groups)[1]
