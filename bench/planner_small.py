@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from bench.planner_optimum import best_chain, best_of_all
+from bench.planner_best_chain import best_chain
+from bench.planner_optimum import best_of_all
 from bench.record import parse_arguments, save
 from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.problem import Problem

@@ -162,7 +162,13 @@ def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Se
         return f"stage {stage} ({names[stage]})"
     if binding.kind == "link":
         return f"link {stage} -> {stage + 1} ({_link(option, stage).rate_mbps:,.0f} Mbit/s)"
+    last, trip_ms = binding.last, binding.seconds * 1e3
+    if last + 1 < len(names):
+        return (
+            f"the round trip of {trip_ms:.0f} ms from stage {stage} ({names[stage]}) to stage {last} ({names[last]}): "
+            f"1f1b lets {binding.count} microbatches through in one"
+        )
     return (
-        f"the round trip of {binding.seconds * 1e3:.0f} ms from stage {stage} ({names[stage]}), with "
+        f"the round trip of {trip_ms:.0f} ms from stage {stage} ({names[stage]}), with "
         f"{found.in_flight_S[stage]} microbatches in flight"
     )

@@ -6,13 +6,14 @@ PURE.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal
 
 import numpy as np
 
-from orchestrator.planner.evaluate import Evaluation, compute_s
+from orchestrator.planner.evaluate import Evaluation, compute_s, round_trips
 from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.stretches import slowest_stretch
 
 # How much a thing's own time may fall short of the pace and still be what sets it.
 _CLOSE = 1e-6
@@ -20,10 +21,15 @@ _CLOSE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """What binds: a stage's compute, the link from a stage to the next, or the round trip from a stage and back."""
+    """What binds: a stage's compute, the link from a stage to the next, or the round trip from a stage to a later one.
+
+    A round trip binds because only `count` microbatches go through in one.
+    """
 
     kind: Literal["stage", "link", "round trip"]
     stage: int
+    last: int
+    count: int
     # What it alone would take for a microbatch.
     seconds: float
 
@@ -31,13 +37,7 @@ class Binding:
 def what_binds(problem: Problem, placement: Placement, found: Evaluation) -> Binding:
     """Return what sets the pace of a placement."""
     if found.rate < (1 - _CLOSE) / found.pace_s:
-        held = [
-            sum(min(window, share) for share in split)
-            for window, split in zip(found.in_flight_S, found.shares_S, strict=True)
-        ]
-        # The first stage's trip is the whole pipeline's, and every later one is part of it.
-        stage = min(range(placement.num_stages), key=lambda s: held[s] / _trip_s(problem, placement, found, s))
-        return Binding(kind="round trip", stage=stage, seconds=_trip_s(problem, placement, found, stage))
+        return _slowest_trip(problem, placement, found)
     stage_s = [
         1 / sum(1 / compute_s(problem, node, *placement.bounds[stage : stage + 2]) for node in nodes)
         for stage, nodes in enumerate(placement.nodes)
@@ -49,28 +49,33 @@ def what_binds(problem: Problem, placement: Placement, found: Evaluation) -> Bin
     is_explained = problem.schedule == "gpipe" or stage_s[slowest] >= found.pace_s * (1 - _CLOSE)
     if link_s and (max(link_s) > stage_s[slowest] or not is_explained):
         thinnest = max(range(len(link_s)), key=link_s.__getitem__)
-        return Binding(kind="link", stage=thinnest, seconds=link_s[thinnest])
-    return Binding(kind="stage", stage=slowest, seconds=stage_s[slowest])
+        return Binding(kind="link", stage=thinnest, last=thinnest + 1, count=1, seconds=link_s[thinnest])
+    return Binding(kind="stage", stage=slowest, last=slowest, count=1, seconds=stage_s[slowest])
 
 
-def _trip_s(problem: Problem, placement: Placement, found: Evaluation, stage: int) -> float:
-    """Return a microbatch's time from its forward at a stage to its backward there, by the slowest replicas."""
-    total_s = 0.0
-    for later in range(stage, placement.num_stages):
-        span = placement.bounds[later : later + 2]
-        total_s += max(compute_s(problem, node, *span) for node in placement.nodes[later])
-        if later + 1 < placement.num_stages:
-            total_s += max(
-                _pair_s(problem, later, a, b) for a in placement.nodes[later] for b in placement.nodes[later + 1]
+def _slowest_trip(problem: Problem, placement: Placement, found: Evaluation) -> Binding:
+    """Return the round trip in which the fewest microbatches a second go through."""
+    stages = zip(pairwise(placement.bounds), placement.nodes, strict=True)
+    total_SR = [[compute_s(problem, node, *span) for node in nodes] for span, nodes in stages]
+    trip_S, beyond_S = round_trips(problem, placement, total_SR)
+    held = [
+        sum(min(window, share) for share in split)
+        for window, split in zip(found.in_flight_S, found.shares_S, strict=True)
+    ]
+    stage = min(range(placement.num_stages), key=lambda s: held[s] / trip_S[s])
+    last = placement.num_stages - 1
+    if problem.schedule == "1f1b" and len(placement.used) == placement.num_stages:
+        pace_s = max(found.pace_s, trip_S[stage] / held[stage])
+        _, stretch = slowest_stretch(np.array(trip_S), np.array(beyond_S), problem.num_microbatches, pace_s)
+        if stretch is not None:
+            return Binding(
+                kind="round trip",
+                stage=stretch.first,
+                last=stretch.last,
+                count=stretch.count,
+                seconds=stretch.seconds,
             )
-    return total_s
-
-
-def _pair_s(problem: Problem, stage: int, source: int, target: int) -> float:
-    p, q = problem.place_N[source], problem.place_N[target]
-    frames_s = problem.forward_bytes_L[stage] * problem.byte_s_PP[p, q]
-    frames_s += problem.backward_bytes_L[stage] * problem.byte_s_PP[q, p]
-    return float(problem.delay_s_PP[p, q] + problem.delay_s_PP[q, p] + frames_s)
+    return Binding(kind="round trip", stage=stage, last=last, count=held[stage], seconds=trip_S[stage])
 
 
 def _link_s(problem: Problem, placement: Placement, stage: int) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from actors.list_schedule import IN_FLIGHT_MARGIN
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.stretches import slowest_stretch
 
 # A link binds where the flow through links falls short of what the stages alone would do by more than rounding.
 _ROUNDING = 1e-9
@@ -88,7 +89,8 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
 
     The pace of a full pipeline is that of its slowest stage or link. A schedule that keeps w microbatches in flight at
     a stage, of which each is away for a round trip, is held to w a round trip (Little's law). GPipe does all forwards,
-    then all backwards, so each phase has a pace of its own.
+    then all backwards, so each phase has a pace of its own. 1F1B's order binds stretches of stages too, where each has
+    one node; replicas take what is ready.
     """
     spans = list(pairwise(placement.bounds))
     stages = list(zip(spans, placement.nodes, strict=True))
@@ -96,7 +98,7 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
     backward_SR = [[backward_s(problem, node, *span) for node in nodes] for span, nodes in stages]
     total_SR = [[f + b for f, b in zip(*parts, strict=True)] for parts in zip(forward_SR, backward_SR, strict=True)]
     shares = tuple(split_microbatches(seconds, problem.num_microbatches) for seconds in total_SR)
-    trip_S = _round_trips(problem, placement, total_SR)
+    trip_S, beyond_S = round_trips(problem, placement, total_SR)
     if problem.schedule == "gpipe":
         down = _pace(_LinkUse(problem, placement, True, False), forward_SR, shares)
         up = _pace(_LinkUse(problem, placement, False, True), backward_SR, shares)
@@ -113,6 +115,10 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
             rounds, rest = divmod(num_more, held)
             more_s = max(more_s, rounds * max(trip_s, held * pace_s) + rest * pace_s)
             rate = min(rate, held / trip_s)
+    if problem.schedule == "1f1b" and len(placement.used) == placement.num_stages:
+        held_up_s, slowest = slowest_stretch(np.array(trip_S), np.array(beyond_S), problem.num_microbatches, pace_s)
+        if slowest is not None:
+            more_s, rate = max(more_s, held_up_s), min(rate, slowest.count / slowest.seconds)
     sync_s = max(_sync_s(problem, *stage) for stage in stages)
     first_place = problem.place_N[placement.nodes[0][0]]
     delays = [problem.delay_s_PP[first_place, problem.place_N[node]] for node in placement.used]
@@ -140,13 +146,14 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
     )
 
 
-def _round_trips(problem: Problem, placement: Placement, total_SR: list[list[float]]) -> list[float]:
+def round_trips(problem: Problem, placement: Placement, total_SR: list[list[float]]) -> tuple[list[float], list[float]]:
     """Return, for each stage, how long a microbatch is away from its forward to the end of its backward there.
 
-    By the slowest replica and the slowest link between replicas. With the backward split, the part that makes weight
-    gradients is done while others are away, so it does not count.
+    And the part of that which is beyond the stage itself. By the slowest replica and the slowest link between replicas.
+    With the backward split, the part that makes weight gradients is done while others are away, so it does not count.
     """
     trips: list[float] = []
+    beyond: list[float] = []
     trip_s = 0.0
     for stage in reversed(range(placement.num_stages)):
         span = (placement.bounds[stage], placement.bounds[stage + 1])
@@ -157,7 +164,6 @@ def _round_trips(problem: Problem, placement: Placement, total_SR: list[list[flo
                 s - num_layers * float(problem.layer_weight_s_N[n])
                 for s, n in zip(seconds, placement.nodes[stage], strict=True)
             ]
-        trip_s += max(seconds)
         if stage + 1 < placement.num_stages:
             trip_s += max(
                 problem.delay_s_PP[p, q]
@@ -167,8 +173,10 @@ def _round_trips(problem: Problem, placement: Placement, total_SR: list[list[flo
                 for p in problem.place_N[list(placement.nodes[stage])]
                 for q in problem.place_N[list(placement.nodes[stage + 1])]
             )
+        beyond.append(float(trip_s))
+        trip_s += max(seconds)
         trips.append(float(trip_s))
-    return trips[::-1]
+    return trips[::-1], beyond[::-1]
 
 
 class _LinkUse:
@@ -210,12 +218,12 @@ def _pace(use: _LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int,
     """
     rate, fractions = _flow(use, seconds_SR)
     pace_s = max(1 / rate, use.shared_s(fractions))
-    if pace_s > max(1 / sum(1 / s for s in seconds) for seconds in seconds_SR) * (1 + _ROUNDING):
-        return (use.problem.num_microbatches - 1) * pace_s, pace_s
     more_s = max(
         max((share - 1) * s for share, s in zip(split, seconds, strict=True))
         for split, seconds in zip(shares, seconds_SR, strict=True)
     )
+    if pace_s > max(1 / sum(1 / s for s in seconds) for seconds in seconds_SR) * (1 + _ROUNDING):
+        more_s = max(more_s, (use.problem.num_microbatches - 1) * pace_s)
     return more_s, pace_s
 
 

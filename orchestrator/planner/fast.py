@@ -12,7 +12,7 @@ import numpy as np
 
 from orchestrator.planner.compiled import inner, outer
 from orchestrator.planner.evaluate import IN_FLIGHT_MARGIN
-from orchestrator.planner.fast_chain import chain_pace
+from orchestrator.planner.fast_chain import chain_pace, held_up
 from orchestrator.planner.fast_pace import list_places, replicas_pace, split_into
 from orchestrator.planner.objective import Limits
 from orchestrator.planner.problem import Placement, Problem
@@ -236,6 +236,10 @@ def evaluate_into(tables: Tables, state: State, scratch: Scratch) -> None:
             rate = min(rate, held / trip_S[stage])
         if count > 1:
             sync_s = max(sync_s, _sync_s(tables, state, scratch, stage, num_layers, first, last))
+    if is_chain and schedule == ONE_F_ONE_B and num_stages > 2:
+        held_up_s, slowest_s = held_up(tables, num_stages, scratch, pace_s)
+        if slowest_s > 0.0:
+            more_s, rate = max(more_s, held_up_s), min(rate, 1.0 / slowest_s)
     if num_stages == 1 and counts_S[0] == 1:
         commit_s = 0.0
     result[STEP] = trip_S[0] + more_s + sync_s + 2 * commit_s

@@ -51,7 +51,6 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
         if stage + 1 == num_stages:
             forward, backward = forward + node_NF[node, LAST_FORWARD], backward + node_NF[node, LAST_BACKWARD]
         seconds = forward + backward
-        trip_s += seconds - num_layers * node_NF[node, LAYER_WEIGHT] if schedule == BDP_SPLIT else seconds
         there_s = back_s = link_s = 0.0
         if stage + 1 < num_stages:
             there_s = bytes_LF[stage, FORWARD] * pair_PPF[place, next_place, BYTE]
@@ -59,6 +58,8 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
             link_s = max(there_s, back_s)
             delays_s = pair_PPF[place, next_place, DELAY] + pair_PPF[next_place, place, DELAY]
             trip_s += delays_s + there_s + back_s
+        scratch.beyond_S[stage] = trip_s
+        trip_s += seconds - num_layers * node_NF[node, LAYER_WEIGHT] if schedule == BDP_SPLIT else seconds
         uplink, downlink = node_NF[node, UPLINK], node_NF[node, DOWNLINK]
         busy_s = seconds
         if uplink > 0.0 or downlink > 0.0:
@@ -95,3 +96,32 @@ def _shared_s(tables: Tables, state: State, scratch: Scratch, down: float, up: f
         load_PP[p, q] += down * bytes_LF[stage, FORWARD]
         load_PP[q, p] += up * bytes_LF[stage, BACKWARD]
     return clear_load(tables, state, scratch)
+
+
+@inner
+def held_up(tables: Tables, num_stages: int, scratch: Scratch, pace_s: float) -> tuple[float, float]:
+    """Return what `slowest_stretch` finds of 1F1B: what a step takes beyond its first microbatch, and the slowest pace.
+
+    0 and 0 where no stretch is slower than `pace_s`. Needs the round trips of `chain_pace`.
+    """
+    trip_S, beyond_S, over_S = scratch.trip_S, scratch.beyond_S, scratch.weight_S
+    # By how much the worst stretch from each stage on is over its count of paces: most stages need no closer look.
+    over_s = 0.0
+    for first in range(num_stages - 2, -1, -1):
+        link_s = beyond_S[first] - trip_S[first + 1]
+        over_s = trip_S[first] - beyond_S[first] - pace_s + max(0.0, link_s + over_s if first + 2 < num_stages else 0.0)
+        over_S[first] = over_s
+    more_s = slowest_s = 0.0
+    for first in range(num_stages - 2):
+        if over_S[first] <= 0.0:
+            continue
+        for last in range(first + 1, num_stages - 1):
+            count = last - first + 1
+            seconds = trip_S[first] - beyond_S[last]
+            if seconds > count * pace_s:
+                rounds = (tables.num_microbatches - (num_stages - last)) // count
+                if rounds > 0:
+                    rest = tables.num_microbatches - 1 - rounds * count
+                    more_s = max(more_s, rounds * seconds + rest * pace_s)
+                    slowest_s = max(slowest_s, seconds / count)
+    return more_s, slowest_s

@@ -156,12 +156,12 @@ def replicas_pace(
             rate = ceiling / max(1.0, excess)
             shared_s = _dealt_shared_s(tables, state, scratch, down, up)
     pace_s = max(1.0 / rate, shared_s)
-    if pace_s > alone_s * (1.0 + _ROUNDING):
-        return (tables.num_microbatches - 1) * pace_s, pace_s
     more_s = 0.0
     for stage in range(num_stages):
         for replica in range(state.counts_S[stage]):
             more_s = max(more_s, (scratch.shares_SR[stage, replica] - 1) * seconds_SR[stage, replica])
+    if pace_s > alone_s * (1.0 + _ROUNDING):
+        more_s = max(more_s, (tables.num_microbatches - 1) * pace_s)
     return more_s, pace_s
 
 

@@ -1,8 +1,7 @@
 """A placement's step by its own orders of actions, for the last few that a plan is chosen from.
 
-PURE. The closed form that searches use knows one round trip for each stage, down to the last and back. Under 1F1B every
-stretch of stages has one: stage s waits for stage t at the rate of t - s + 1 microbatches a round trip between the two,
-so that one long link in the middle holds up more than the formula says. Playing the actions leaves that to nobody.
+PURE. The closed form that searches use knows what binds in the long run; how a step fills and drains it knows to a few
+percent. Playing the actions says it exactly, and which of two nearly equal candidates is the better.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class Scratch(NamedTuple):
     """What an evaluation writes: its result, figures by stage and replica, and memory that holds nothing afterwards."""
 
     result: Floats
+    # A microbatch's round trip from each stage on, and the part beyond that stage; the latter of chains only.
     trip_S: Floats
+    beyond_S: Floats
     # Seconds a microbatch in the long run of the stage alone, and of the link that leaves it.
     stage_s_S: Floats
     link_s_S: Floats
@@ -238,6 +240,7 @@ def make_scratch(problem: Problem, most_replicas: int) -> Scratch:
     return Scratch(
         result=floats(9),
         trip_S=floats(stages),
+        beyond_S=floats(stages),
         stage_s_S=floats(stages),
         link_s_S=floats(stages),
         window_S=np.zeros(stages, np.int64),

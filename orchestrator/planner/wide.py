@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from orchestrator.planner.evaluate import IN_FLIGHT_MARGIN, Evaluation
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Floats, Ints, Placement, Problem
+from orchestrator.planner.stretches import slowest_stretch
 
 _ROUNDING = 1e-9
 # Arrays over stages and pairs of places have so many cells at most.
@@ -29,7 +30,7 @@ def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
     view = _Wide(problem, placement)
     total_K = view.forward_K + view.backward_K
     shares_K = _split(total_K, view.start_S, problem.num_microbatches)
-    trip_S = view.trips(total_K)
+    trip_S, beyond_S = view.trips(total_K)
     if problem.schedule == "gpipe":
         down, up = view.pace(view.forward_K, shares_K, True, False), view.pace(view.backward_K, shares_K, False, True)
         more_s, pace_s = down[0] + up[0], down[1] + up[1]
@@ -45,6 +46,10 @@ def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
             rounds, rest = divmod(num_more, held)
             more_s = max(more_s, rounds * max(trip_s, held * pace_s) + rest * pace_s)
             rate = min(rate, held / trip_s)
+    if problem.schedule == "1f1b" and len(view.node_K) == view.num_stages:
+        held_up_s, slowest = slowest_stretch(trip_S, beyond_S, problem.num_microbatches, pace_s)
+        if slowest is not None:
+            more_s, rate = max(more_s, held_up_s), min(rate, slowest.count / slowest.seconds)
     sync_s = view.sync_s()
     delays = problem.delay_s_PP[problem.place_N[view.node_K[0]], problem.place_N[view.node_K]]
     commit_s = 2 * float(delays.max()) if len(view.node_K) > 1 else 0.0
@@ -110,18 +115,20 @@ class _Wide:
         total_K = total_K + in_flight_K * each_K + self.first_K * problem.first_state_bytes
         return total_K + self.last_K * (problem.last_state_bytes + problem.last_bytes)
 
-    def trips(self, total_K: Floats) -> Floats:
+    def trips(self, total_K: Floats) -> tuple[Floats, Floats]:
         problem = self.problem
         if problem.schedule == "bdp-split":
             total_K = total_K - self.layers_K * problem.layer_weight_s_N[self.node_K]
-        seconds_S = self.most(total_K)
+        own_S = self.most(total_K)
+        seconds_S = own_S.copy()
         byte_s, delay_s = problem.byte_s_PP, problem.delay_s_PP + problem.delay_s_PP.T
         for stages in self._batches():
             out_s = problem.forward_bytes_L[stages, None, None] * byte_s
             back_s = problem.backward_bytes_L[stages, None, None] * byte_s.T
             linked = self.present_SP[stages][:, :, None] & self.present_SP[stages + 1][:, None, :]
             seconds_S[stages] += np.where(linked, delay_s + out_s + back_s, 0.0).max(axis=(1, 2))
-        return np.cumsum(seconds_S[::-1])[::-1]
+        trip_S = np.cumsum(seconds_S[::-1])[::-1]
+        return trip_S, trip_S - own_S
 
     def windows(self, trip_S: Floats, pace_s: float) -> np.ndarray:
         problem, count = self.problem, self.problem.num_microbatches
@@ -165,9 +172,10 @@ class _Wide:
         busy_K = np.maximum(seconds_K, self._own_s(down_L, up_L))
         rate = self._known_rate(busy_K, down_L, up_L)
         pace_s = 1 / rate if rate else self._flow_pace(busy_K, down_L, up_L)
+        more_s = float(((shares_K - 1) * seconds_K).max())
         if pace_s > 1 / float(self.sums(1 / seconds_K).min()) * (1 + _ROUNDING):
-            return (problem.num_microbatches - 1) * pace_s, pace_s
-        return float(((shares_K - 1) * seconds_K).max()), pace_s
+            more_s = max(more_s, (problem.num_microbatches - 1) * pace_s)
+        return more_s, pace_s
 
     def _own_s(self, down_L: Floats, up_L: Floats) -> Floats:
         stage, node = self.stage_K, self.node_K

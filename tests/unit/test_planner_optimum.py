@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.planner_optimum import best_chain, best_of_all
+from bench.planner_best_chain import best_chain
+from bench.planner_optimum import best_of_all
 from bench.planner_small import MEMORY_OVER_MODEL, draw_problem
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.problem import Placement, Problem
