@@ -4,8 +4,8 @@
 
 Each part is a bench of its own (`python -m bench.planner_small` and so on) and runs by itself, one after another, so
 that none disturbs another's clock. `--cases` is a folder of published inputs: `helix/` with the programs that Helix
-(Mei et al. 2025) stored. Without it that part is left out, and the result says so. The table goes to
-docs/planner-figures.md.
+(Mei et al. 2025) stored, `dtfm/` with the five cases of DT-FM (Yuan et al. 2022). Without it those parts are left out,
+and the result says so. The table goes to docs/planner-figures.md.
 """
 
 from __future__ import annotations
@@ -129,6 +129,29 @@ def _helix(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _dtfm(document: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| fleet | grid | published code, s | compared with | ours, s | gap | other seeds, s | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        if row["kind"] == "small":
+            continue
+        others = row["other_seeds_cost_s"]
+        lines.append(
+            f"| {row['kind']} {row['name']} | {row['num_stages']} x {row['num_replicas']} of {row['num_nodes']} | "
+            f"{_number(row['published_s'])} | {row['reference']} {row['reference_s']:.4f} | {row['cost_s']:.4f} | "
+            f"{row['gap']:.2%} | {min(others):.2f} to {max(others):.2f} | {row['search_wall_s']:.1f} |"
+        )
+    small = [row["gap"] for row in document["rows"] if row["kind"] == "small"]
+    return [
+        *lines,
+        "",
+        f"Of {len(small)} fleets small enough for enumeration {sum(gap <= 1e-6 for gap in small)} at the optimum, worst "
+        f"{max(small):.2%}.",
+    ]
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -138,6 +161,7 @@ PARTS = (
     Part(module="planner_scale", cases=None, tell=_scale),
     Part(module="planner_schedule", cases=None, tell=_schedule),
     Part(module="planner_helix", cases="helix", tell=_helix),
+    Part(module="planner_dtfm", cases="dtfm", tell=_dtfm),
 )
 _HEAD = """# The planner's figures
 

@@ -19,7 +19,7 @@ from orchestrator.planner.grid_cost import GridObjective, seated_cost_s
 from orchestrator.planner.grid_groups import MOST_ORDERED, anneal_groups, seat_groups
 from orchestrator.planner.grid_moves import Cooling, Links, anneal_grid
 
-DEFAULT_EVALUATIONS = 4_000_000
+DEFAULT_EVALUATIONS = 16_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
