@@ -147,8 +147,8 @@ def _dtfm(document: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Of {len(small)} fleets small enough for enumeration {sum(gap <= 1e-6 for gap in small)} at the optimum, worst "
-        f"{max(small):.2%}.",
+        f"Of {len(small)} fleets small enough for enumeration {sum(gap <= 1e-6 for gap in small)} are at the optimum, "
+        f"worst {max(small):.2%}.",
     ]
 
 

@@ -214,10 +214,15 @@ def _pace(use: _LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int,
     """Return the seconds that a step takes beyond its first microbatch, and the seconds a microbatch in the long run.
 
     Where stages bind, by whole microbatches a replica; where links bind, by the largest flow through nodes and links
-    (a microbatch may take any replica of the next stage).
+    (a microbatch may take any replica of the next stage), or as each stage's replicas are dealt their parts by speed,
+    whoever sends: the flow knows nothing of ways that links share.
     """
-    rate, fractions = _flow(use, seconds_SR)
-    pace_s = max(1 / rate, use.shared_s(fractions))
+    nodes = use.placement.nodes
+    busy_SR = [
+        [max(s, use.own_s(stage, node)) for node, s in zip(nodes[stage], seconds, strict=True)]
+        for stage, seconds in enumerate(seconds_SR)
+    ]
+    pace_s = min(_flow_s(use, busy_SR), _dealt_s(use, busy_SR))
     more_s = max(
         max((share - 1) * s for share, s in zip(split, seconds, strict=True))
         for split, seconds in zip(shares, seconds_SR, strict=True)
@@ -227,18 +232,29 @@ def _pace(use: _LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int,
     return more_s, pace_s
 
 
-def _flow(use: _LinkUse, seconds_SR: list[list[float]]) -> tuple[float, list[tuple[int, int, int, float]]]:
-    """Return the most microbatches a second that get through, and which fraction takes which link."""
+def _dealt_s(use: _LinkUse, busy_SR: list[list[float]]) -> float:
+    """Return the seconds a microbatch where a part goes from each node to each of the next stage's, by their speeds."""
     nodes = use.placement.nodes
-    busy_SR = [
-        [max(s, use.own_s(stage, node)) for node, s in zip(nodes[stage], seconds, strict=True)]
-        for stage, seconds in enumerate(seconds_SR)
+    part_SR = [[1 / s / sum(1 / other for other in busy) for s in busy] for busy in busy_SR]
+    fractions = [
+        (stage, source, target, ours * theirs)
+        for stage in range(len(nodes) - 1)
+        for source, ours in zip(nodes[stage], part_SR[stage], strict=True)
+        for target, theirs in zip(nodes[stage + 1], part_SR[stage + 1], strict=True)
     ]
+    slowest_s = max(1 / sum(1 / s for s in busy) for busy in busy_SR)
+    edge_s = max((part * use.edge_s(*link) for *link, part in fractions), default=0.0)
+    return max(slowest_s, edge_s, use.shared_s(fractions))
+
+
+def _flow_s(use: _LinkUse, busy_SR: list[list[float]]) -> float:
+    """Return the seconds a microbatch of the largest flow through nodes and links."""
+    nodes = use.placement.nodes
     links = [(s, i, j) for s in range(len(nodes) - 1) for i in range(len(nodes[s])) for j in range(len(nodes[s + 1]))]
     edge_s = [use.edge_s(s, nodes[s][i], nodes[s + 1][j]) for s, i, j in links]
     if all(len(stage) == 1 for stage in nodes):
-        slowest = max(max(seconds) for seconds in busy_SR)
-        return 1 / max(slowest, *edge_s, 0.0), [(s, nodes[s][0], nodes[s + 1][0], 1.0) for s, _, _ in links]
+        slowest_s = max(max(seconds) for seconds in busy_SR)
+        return max(slowest_s, *edge_s, use.shared_s([(s, nodes[s][0], nodes[s + 1][0], 1.0) for s, _, _ in links]))
     # Each replica is an edge from its way in to its way out.
     replicas = [(s, r) for s in range(len(nodes)) for r in range(len(nodes[s]))]
     ids = {replica: 2 + 2 * n for n, replica in enumerate(replicas)}
@@ -254,10 +270,11 @@ def _flow(use: _LinkUse, seconds_SR: list[list[float]]) -> tuple[float, list[tup
     rate, flows = max_flow(
         2 + 2 * len(ids), np.array(tails, np.int32), np.array(heads, np.int32), np.array(capacities, np.float64), 0, 1
     )
-    return float(rate), [
+    fractions = [
         (s, nodes[s][i], nodes[s + 1][j], float(flow) / float(rate))
         for (s, i, j), flow in zip(links, flows[first_link:], strict=True)
     ]
+    return max(1 / float(rate), use.shared_s(fractions))
 
 
 def _windows(problem: Problem, placement: Placement, trip_S: list[float], pace_s: float) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """How fast a pipeline with replicas goes, compiled: the largest flow through its nodes and links.
 
 PURE. First each stage's microbatches are dealt to its replicas by their speed, and from each on to all of the next;
-where every link carries its part, no flow is larger. Else the flow is solved for. The specification is
+where every link and shared way carries its part, no flow is larger. Else the flow is solved for. The specification is
 `orchestrator.planner.evaluate`.
 """
 
@@ -146,16 +146,16 @@ def replicas_pace(
         worst /= weight_S[stage] * weight_S[stage + 1]
         scratch.link_s_S[stage] = max(scratch.link_s_S[stage], worst)
         excess = max(excess, worst * ceiling)
-    rate, shared_s = ceiling, 0.0
-    if excess > 1.0 or tables.has_shared:
+    # The plain deal, as fast as its busiest link lets it be.
+    pace_s = max(1.0, excess) / ceiling
+    if tables.has_shared:
+        pace_s = max(pace_s, _dealt_shared_s(tables, state, scratch, down, up))
+    if pace_s > (1.0 + _ROUNDING) / ceiling:
         num_edges = _write_graph(tables, state, scratch, down, up)
+        # Too large to solve for is left at that.
         if num_edges <= len(scratch.tails_E):
             rate, shared_s = _solve(tables, state, scratch, num_edges, down, up)
-        else:
-            # Too large to solve for: the plain deal, as fast as its busiest link lets it be.
-            rate = ceiling / max(1.0, excess)
-            shared_s = _dealt_shared_s(tables, state, scratch, down, up)
-    pace_s = max(1.0 / rate, shared_s)
+            pace_s = min(pace_s, max(1.0 / rate, shared_s))
     more_s = 0.0
     for stage in range(num_stages):
         for replica in range(state.counts_S[stage]):

@@ -1,9 +1,8 @@
 """`evaluate`, as fast for stages of hundreds of replicas as for few: the same figures, from arrays.
 
-PURE. Flow among replicas is what takes time. It need not be computed where it is known: if every link between two nodes
-carries its part when each node takes a share in proportion to its speed, the largest flow is what the slowest stage
-does; and if the pairs of places could carry all that any routing might put on them, no share binds. Otherwise the very
-flow that `evaluate` asks for is computed.
+PURE. Flow among replicas is what takes time. It need not be computed where every link and every shared way carries its
+part when each node is dealt a share in proportion to its speed: no flow is larger then. Otherwise the very flow that
+`evaluate` asks for is computed.
 """
 
 from __future__ import annotations
@@ -170,8 +169,9 @@ class _Wide:
         problem = self.problem
         down_L, up_L = problem.forward_bytes_L * down, problem.backward_bytes_L * up
         busy_K = np.maximum(seconds_K, self._own_s(down_L, up_L))
-        rate = self._known_rate(busy_K, down_L, up_L)
-        pace_s = 1 / rate if rate else self._flow_pace(busy_K, down_L, up_L)
+        pace_s = self._dealt_s(busy_K, down_L, up_L)
+        if pace_s > (1 + _ROUNDING) / float(self.sums(1 / busy_K).min()):
+            pace_s = min(pace_s, self._flow_s(busy_K, down_L, up_L))
         more_s = float(((shares_K - 1) * seconds_K).max())
         if pace_s > 1 / float(self.sums(1 / seconds_K).min()) * (1 + _ROUNDING):
             more_s = max(more_s, (problem.num_microbatches - 1) * pace_s)
@@ -190,30 +190,29 @@ class _Wide:
         byte_s = self.problem.byte_s_PP
         return np.maximum(down_L[stage] * byte_s[np.ix_(ours, theirs)], up_L[stage] * byte_s[np.ix_(theirs, ours)].T)
 
-    def _known_rate(self, busy_K: Floats, down_L: Floats, up_L: Floats) -> float:
-        """Return the rate where neither links of nodes nor shares of places can bind, else 0."""
+    def _dealt_s(self, busy_K: Floats, down_L: Floats, up_L: Floats) -> float:
+        """Return the seconds a microbatch where each node is dealt a part by its speed, whoever sends."""
         speed_K = 1 / busy_K
         speed_S = self.sums(speed_K)
-        rate = float(speed_S.min())
         # Of each stage and place: all nodes together, and the fastest, as parts of the stage.
         shape = (self.num_stages, self.problem.num_places)
         cell_K = self.stage_K * shape[1] + self.place_K
-        part_SP = np.bincount(cell_K, weights=speed_K, minlength=shape[0] * shape[1]).reshape(shape)
+        part_K = speed_K / speed_S[self.stage_K]
+        part_SP = np.bincount(cell_K, weights=part_K, minlength=shape[0] * shape[1]).reshape(shape)
         fastest_SP = np.zeros(shape[0] * shape[1])
-        np.maximum.at(fastest_SP, cell_K, speed_K)
-        fastest_SP = fastest_SP.reshape(shape) / speed_S[:, None]
+        np.maximum.at(fastest_SP, cell_K, part_K)
+        fastest_SP = fastest_SP.reshape(shape)
+        pace_s, byte_s = 1 / float(speed_S.min()), self.problem.byte_s_PP
         load_PP = np.zeros_like(self.problem.delay_s_PP)
         # Many stages at once, of as many pairs of places as fit into memory.
         for stages in self._batches():
             after = stages + 1
-            byte_s = self.problem.byte_s_PP
             edge_s = np.maximum(down_L[stages, None, None] * byte_s, up_L[stages, None, None] * byte_s.T)
-            most = rate * fastest_SP[stages][:, :, None] * fastest_SP[after][:, None, :]
-            if (most * edge_s > 1).any():
-                return 0.0
-            either = np.minimum(rate, np.minimum(part_SP[stages][:, :, None], part_SP[after][:, None, :]))
-            load_PP += np.tensordot(down_L[stages], either, 1) + np.tensordot(up_L[stages], either, 1).T
-        return rate if (load_PP <= self.problem.shared_bytes_per_s_PP).all() else 0.0
+            edge_s *= fastest_SP[stages][:, :, None] * fastest_SP[after][:, None, :]
+            pace_s = max(pace_s, float(edge_s.max()))
+            part = part_SP[stages][:, :, None] * part_SP[after][:, None, :]
+            load_PP += np.tensordot(down_L[stages], part, 1) + np.tensordot(up_L[stages], part, 1).T
+        return max(pace_s, float((load_PP / self.problem.shared_bytes_per_s_PP).max()))
 
     def _batches(self) -> list[NDArray[np.int64]]:
         """Return the stages that have a next one, in parts for arrays over stages and pairs of places."""
@@ -221,7 +220,7 @@ class _Wide:
         stages = np.arange(self.num_stages - 1)
         return [stages[at : at + size] for at in range(0, len(stages), size)]
 
-    def _flow_pace(self, busy_K: Floats, down_L: Floats, up_L: Floats) -> float:
+    def _flow_s(self, busy_K: Floats, down_L: Floats, up_L: Floats) -> float:
         """Return the pace of a largest flow among replicas: the graph that `evaluate` makes, in the same order."""
         first, last = self.parts[0], self.parts[-1]
         ids_K = 2 + 2 * np.arange(len(busy_K))

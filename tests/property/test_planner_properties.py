@@ -167,8 +167,8 @@ def test_a_thinner_link_never_makes_it_faster(
         )
         return make_plan(Fleet(nodes=tuple(nodes), links=links), work, WireConfig(), QUICK).step_s
 
-    # A small search may miss the best by a little.
-    assert step_s(rate_mbps) <= step_s(rate_mbps / factor) * 1.05
+    # A small search may miss the best by a little, and goes by the closed form, the plan by its actions.
+    assert step_s(rate_mbps) <= step_s(rate_mbps / factor) * 1.1
 
 
 wires = st.tuples(st.integers(1024, 10**6), st.integers(0, 10**6), st.integers(0, 10**7)).map(
