@@ -50,7 +50,7 @@ class StagePlan:
     memory_limit_bytes: int
     compute_s: float
     # Further nodes with the same layers; the microbatches of a step that each takes, `node` first; how many of them
-    # each keeps in flight.
+    # the one that keeps most keeps in flight.
     others: tuple[str, ...] = ()
     shares: tuple[int, ...] = ()
     in_flight: int = 0

@@ -94,7 +94,7 @@ def _stage(option: Option, found: Evaluation, binding: Binding, stage: int) -> S
         compute_s=max(compute_s(problem, node, start, stop) for node in nodes),
         others=tuple(card.node for card in cards[1:]),
         shares=found.shares_S[stage],
-        in_flight=found.in_flight_S[stage],
+        in_flight=max(found.in_flight_SR[stage]),
         why=_why(option, found, binding, stage),
     )
 
@@ -104,7 +104,7 @@ def _why(option: Option, found: Evaluation, binding: Binding, stage: int) -> str
     problem, placement = option.problem, option.placement
     start, stop = placement.bounds[stage : stage + 2]
     node = placement.nodes[stage][0]
-    window = found.in_flight_S[stage]
+    window = found.in_flight_SR[stage][0]
     if binding.kind == "stage" and binding.stage == stage:
         return "sets the pace"
     if memory_bytes(problem, node, start, min(stop + 1, problem.num_layers), window) > problem.memory_bytes_N[node]:
@@ -170,5 +170,5 @@ def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Se
         )
     return (
         f"the round trip of {trip_ms:.0f} ms from stage {stage} ({names[stage]}), with "
-        f"{found.in_flight_S[stage]} microbatches in flight"
+        f"{binding.count} microbatches in flight"
     )

@@ -59,8 +59,8 @@ def _slowest_trip(problem: Problem, placement: Placement, found: Evaluation) -> 
     total_SR = [[compute_s(problem, node, *span) for node in nodes] for span, nodes in stages]
     trip_S, beyond_S = round_trips(problem, placement, total_SR)
     held = [
-        sum(min(window, share) for share in split)
-        for window, split in zip(found.in_flight_S, found.shares_S, strict=True)
+        sum(min(pair) for pair in zip(*stage, strict=True))
+        for stage in zip(found.in_flight_SR, found.shares_S, strict=True)
     ]
     stage = min(range(placement.num_stages), key=lambda s: held[s] / trip_S[s])
     last = placement.num_stages - 1

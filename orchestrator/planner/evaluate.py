@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Evaluation:
     pace_s: float
     sync_s: float
     commit_s: float
-    # Of each stage: microbatches kept in flight by one replica, each replica's microbatches a step and its memory.
-    in_flight_S: tuple[int, ...]
+    # Of each stage's replicas: microbatches kept in flight, microbatches a step, and memory.
+    in_flight_SR: tuple[tuple[int, ...], ...]
     shares_S: tuple[tuple[int, ...], ...]
     memory_S: tuple[tuple[float, ...], ...]
     # By how much the worst node is short of memory; 0 where all fit.
@@ -105,10 +106,11 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
         more_s, pace_s = down[0] + up[0], down[1] + up[1]
     else:
         more_s, pace_s = _pace(_LinkUse(problem, placement, True, True), total_SR, shares)
-    windows = _windows(problem, placement, trip_S, pace_s)
+    windows = _windows(problem, placement, total_SR, trip_S, pace_s)
     rate = 1 / pace_s
-    for trip_s, window, split in zip(trip_S, windows, shares, strict=True):
-        held = sum(min(window, share) for share in split)
+    held_SR = [[min(pair) for pair in zip(*stage, strict=True)] for stage in zip(windows, shares, strict=True)]
+    for trip_s, in_flight, split in zip(trip_S, held_SR, shares, strict=True):
+        held = sum(in_flight)
         # Each replica starts with one of its own.
         num_more = problem.num_microbatches - sum(share > 0 for share in split)
         if held <= num_more:
@@ -124,8 +126,8 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
     delays = [problem.delay_s_PP[first_place, problem.place_N[node]] for node in placement.used]
     commit_s = 2 * float(max(delays)) if len(placement.used) > 1 else 0.0
     memory = tuple(
-        tuple(memory_bytes(problem, node, *span, min(window, share)) for node, share in zip(nodes, split, strict=True))
-        for (span, nodes), window, split in zip(stages, windows, shares, strict=True)
+        tuple(memory_bytes(problem, node, *span, held) for node, held in zip(nodes, in_flight, strict=True))
+        for (span, nodes), in_flight in zip(stages, held_SR, strict=True)
     )
     short = max(
         used - problem.memory_bytes_N[node]
@@ -139,7 +141,7 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
         pace_s=pace_s,
         sync_s=sync_s,
         commit_s=commit_s,
-        in_flight_S=windows,
+        in_flight_SR=windows,
         shares_S=shares,
         memory_S=memory,
         short_bytes=max(0.0, float(short)),
@@ -277,22 +279,30 @@ def _flow_s(use: _LinkUse, busy_SR: list[list[float]]) -> float:
     return max(1 / float(rate), use.shared_s(fractions))
 
 
-def _windows(problem: Problem, placement: Placement, trip_S: list[float], pace_s: float) -> tuple[int, ...]:
+def _windows(
+    problem: Problem, placement: Placement, total_SR: list[list[float]], trip_S: list[float], pace_s: float
+) -> tuple[tuple[int, ...], ...]:
     """Return how many microbatches each replica of a stage keeps in flight.
 
-    A schedule that may choose keeps what the round trip needs, and no more than the memory of its nodes allows.
+    A schedule that may choose keeps what the round trip needs, of which each replica has a part by its speed, and no
+    more than its memory allows.
     """
     num_stages, num_microbatches = placement.num_stages, problem.num_microbatches
     if problem.schedule == "gpipe":
-        return (num_microbatches,) * num_stages
+        return tuple((num_microbatches,) * len(nodes) for nodes in placement.nodes)
     if problem.schedule == "1f1b":
-        return tuple(min(num_stages - stage, num_microbatches) for stage in range(num_stages))
-    windows: list[int] = []
-    for stage, (nodes, trip_s) in enumerate(zip(placement.nodes, trip_S, strict=True)):
-        wanted = -(-IN_FLIGHT_MARGIN * trip_s // (pace_s * len(nodes)))
+        return tuple(
+            (min(num_stages - stage, num_microbatches),) * len(nodes) for stage, nodes in enumerate(placement.nodes)
+        )
+    windows: list[tuple[int, ...]] = []
+    for stage, (nodes, seconds, trip_s) in enumerate(zip(placement.nodes, total_SR, trip_S, strict=True)):
         span = (placement.bounds[stage], placement.bounds[stage + 1])
-        room = min(_room(problem, node, *span) for node in nodes)
-        windows.append(max(1, int(min(num_microbatches, wanted, room))))
+        # What all replicas keep together, times the rounding that a whole number may come with.
+        needed = IN_FLIGHT_MARGIN * trip_s / pace_s * (1 - _ROUNDING)
+        speed = sum(1 / s for s in seconds)
+        wanted = [ceil(needed / (s * speed)) for s in seconds]
+        rooms = [_room(problem, node, *span) for node in nodes]
+        windows.append(tuple(max(1, min(num_microbatches, *both)) for both in zip(wanted, rooms, strict=True)))
     return tuple(windows)
 
 

@@ -64,6 +64,7 @@ from orchestrator.planner.tables import (
 # What a placement that is not allowed costs more than one that is, as a part of its cost, at least: a search must get
 # through such placements, and leave them.
 _REFUSED = 0.05
+_ROUNDING = 1e-9
 
 
 def fast_score(problem: Problem, limits: Limits, placement: Placement) -> float:
@@ -187,7 +188,7 @@ def evaluate_into(tables: Tables, state: State, scratch: Scratch) -> None:
     num_stages, num_microbatches, schedule = state.size[0], tables.num_microbatches, tables.schedule
     node_NF, place_N, pair_PPF, state_bytes = tables.node_NF, tables.place_N, tables.pair_PPF, tables.state_bytes
     layers_S, counts_S, members_SR = state.layers_S, state.counts_S, state.members_SR
-    result, trip_S, shares_SR, window_S = scratch.result, scratch.trip_S, scratch.shares_SR, scratch.window_S
+    result, trip_S, shares_SR, window_SR = scratch.result, scratch.trip_S, scratch.shares_SR, scratch.window_SR
     is_chain = True
     for stage in range(num_stages):
         is_chain = is_chain and counts_S[stage] == 1
@@ -201,24 +202,28 @@ def evaluate_into(tables: Tables, state: State, scratch: Scratch) -> None:
         count = counts_S[stage]
         num_layers = layers_S[stage]
         first, last = stage == 0, stage + 1 == num_stages
-        if schedule == GPIPE:
-            window = num_microbatches
-        elif schedule == ONE_F_ONE_B:
-            window = min(num_stages - stage, num_microbatches)
-        else:
-            # What the round trip needs, and no more than memory allows.
-            most = min(float(num_microbatches), -(-IN_FLIGHT_MARGIN * trip_S[stage] // (pace_s * count)))
+        needed = IN_FLIGHT_MARGIN * trip_S[stage] / pace_s * (1.0 - _ROUNDING)
+        speed = 0.0
+        if not is_chain:
             for replica in range(count):
-                node = members_SR[stage, replica]
+                speed += 1.0 / scratch.total_SR[stage, replica]
+        held, num_more = 0, num_microbatches
+        for replica in range(count):
+            node, share = members_SR[stage, replica], shares_SR[stage, replica]
+            if schedule == GPIPE:
+                window = num_microbatches
+            elif schedule == ONE_F_ONE_B:
+                window = min(num_stages - stage, num_microbatches)
+            else:
+                # A part by speed of what the round trip needs, and no more than memory allows.
+                wanted = needed if is_chain else needed / (scratch.total_SR[stage, replica] * speed)
+                most = min(float(num_microbatches), math.ceil(wanted))
                 empty = memory_bytes(node_NF, state_bytes, node, num_layers, first, last, 0)
                 each = memory_bytes(node_NF, state_bytes, node, num_layers, first, last, 1) - empty
                 if each > 0.0:
                     most = min(most, (node_NF[node, MEMORY] - empty) // each)
-            window = max(1, int(most))
-        window_S[stage] = window
-        held, num_more = 0, num_microbatches
-        for replica in range(count):
-            node, share = members_SR[stage, replica], shares_SR[stage, replica]
+                window = max(1, int(most))
+            window_SR[stage, replica] = window
             in_flight = min(window, share)
             held += in_flight
             num_more -= share > 0

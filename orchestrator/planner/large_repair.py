@@ -7,6 +7,7 @@ stages (orchestrator.planner.level): one node a change, so that little state mov
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,8 +43,8 @@ def repair_large(problem: Problem, placement: Placement, limits: Limits, evaluat
 def _improves(after: Judged, before: Judged | None, limits: Limits) -> bool:
     """Return whether to move: never to a lower rate, where throughput is wanted."""
     if before is None or not math.isfinite(before.score) or limits.objective != "throughput":
-        return after.better_than(before, limits)
-    return after.evaluation.rate >= before.evaluation.rate and after.better_than(before, limits)
+        return after.better_than(before, limits, steady=True)
+    return after.evaluation.rate >= before.evaluation.rate and after.better_than(before, limits, steady=True)
 
 
 def _found(best: Judged | None, spent: int) -> Found:
@@ -61,8 +62,10 @@ def _team(problem: Problem, limits: Limits, placement: Placement) -> Workers | N
     others = np.flatnonzero(~used & ~fixed)
     left = limits.max_dollars_per_hour - float(problem.price_N[used].sum())
     others = others[np.cumsum(problem.price_N[others]) <= left] if left < math.inf else others
-    nodes = np.append(np.flatnonzero(used & ~fixed), others)
-    return workers(problem, limits, nodes, longest=problem.num_layers, caution=0.0)
+    ours = np.flatnonzero(used & ~fixed)
+    team = workers(problem, limits, np.append(ours, others), longest=problem.num_layers, caution=0.0)
+    # Whom a new plan would do without stays: this is no new plan.
+    return None if team is None else replace(team, nodes=np.union1d(team.nodes, ours))
 
 
 def _as_it_is(problem: Problem, placement: Placement) -> tuple[Runs, Cut]:

@@ -7,10 +7,8 @@ leaves, `level` evens out between stages of one place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +38,6 @@ class Workers:
     rate: float
     # How long a microbatch is thought to be away from the first stage: what is in flight there takes memory.
     trip_s: float
-
-    @cached_property
-    def fastest_layer_s(self) -> float:
-        return float(self.layer_s_N[self.nodes].min())
-
-    @cached_property
-    def mean_speed(self) -> float:
-        return float((1 / self.layer_s_N[self.nodes]).mean())
 
 
 def workers(
@@ -151,16 +141,15 @@ def stage_rates(problem: Problem, nodes: Counts, start: int, stop: int, stage: i
 def stage_fits(problem: Problem, team: Workers, nodes: Counts, start: int, stop: int) -> NDArray[np.bool_]:
     """Return which of these nodes may hold layers [start, stop), with what is in flight there.
 
-    A microbatch is away for the part of the trip that is left. Replicas of a stage keep equally many in flight: what a
-    node of middling speed does in that time, or, where that is less, what the fastest has to do in a step.
+    A microbatch is away for the part of the trip that is left. A node keeps in flight what it does in that time, or,
+    where that is less, what it has to do in a step.
     """
     layers, count = stop - start, problem.num_microbatches
-    least_s, mean_speed = team.fastest_layer_s, team.mean_speed
+    seconds = layers * team.layer_s_N[nodes]
     left_s = IN_FLIGHT_MARGIN * team.trip_s * (problem.num_layers - start) / problem.num_layers
-    step_share = math.ceil(count / (layers * least_s * team.rate)) + 1
-    flight = min(max(1, math.ceil(mean_speed / layers * left_s)), step_share, count)
-    if problem.schedule == "gpipe":
-        flight = min(step_share, count)
+    flight = np.minimum(np.ceil(count / (seconds * team.rate)) + 1, count)
+    if problem.schedule != "gpipe":
+        flight = np.minimum(np.maximum(1, np.ceil(left_s / seconds)), flight)
     used = layers * problem.layer_state_bytes + problem.fixed_bytes_N[nodes]
     used = used + flight * (layers * problem.layer_saved_bytes_N[nodes] + problem.flight_bytes_N[nodes])
     used = used + problem.first_state_bytes * (start == 0)

@@ -19,16 +19,17 @@ from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import EXECUTED_SCHEDULES, PlanConfig, allowed_fleet, limits_of
 from orchestrator.planner.codecs import LADDER, CodecPair, choose_codecs
 from orchestrator.planner.evaluate import evaluate
-from orchestrator.planner.large import plan_large
+from orchestrator.planner.large import default_large_evaluations, plan_large
 from orchestrator.planner.objective import Found, Limits, score
+from orchestrator.planner.played import polished
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.search import in_order, search
 from orchestrator.planner.shortage import may_fit, no_fit
 from orchestrator.planner.validate import require_sound
 
-# Fleets of up to this many nodes are searched node by node, larger ones by classes of nodes.
-MAX_SEARCHED_NODES = 200
-_LARGE_EVALUATIONS = 8000
+# Fleets of up to this many nodes are searched node by node, larger ones by classes of nodes; where stages may have
+# replicas, of more than the fewer both, the search from where the classes led.
+MAX_SEARCHED_NODES, MIN_CLASSED_NODES = 200, 65
 
 
 def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
@@ -49,12 +50,23 @@ def best_option(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConf
     require_counts(fleet, work, config)
     limits = limits_of(fleet, config, work.batch.step_tokens)
     scored = [(_score(option, limits), option) for option in _options(fleet, work, wire, config, limits)]
-    best = min((scored[0] for scored in scored), default=math.inf)
-    if best == math.inf:
+    if min((own for own, _ in scored), default=math.inf) == math.inf:
         raise _refusal(fleet, work, wire, config, limits)
+    if config.split is None:
+        scored += [(_score(option, limits), option) for option in _polished(scored, limits)]
+    best = min(own for own, _ in scored)
     noise = 0.0 if all(node.estimated for node in fleet.nodes) else config.noise
     # The plainest comes first.
     return next(option for own, option in scored if own * (1 - noise) <= best)
+
+
+def _polished(scored: Sequence[tuple[float, Option]], limits: Limits) -> Iterator[Option]:
+    """Yield the best option of each schedule, polished by how it plays."""
+    schedules = dict.fromkeys(option.problem.schedule for _, option in scored)
+    for schedule in schedules:
+        own, option = min((one for one in scored if one[1].problem.schedule == schedule), key=lambda one: one[0])
+        if own < math.inf:
+            yield replace(option, placement=polished(option.problem, limits, option.placement))
 
 
 def _score(option: Option, limits: Limits) -> float:
@@ -162,8 +174,12 @@ def find(problem: Problem, config: PlanConfig, limits: Limits, start: Placement 
     """Return what the search for this fleet's size finds."""
     if not may_fit(problem):
         return Found(placement=None, score=math.inf, evaluations=0)
-    if problem.num_nodes > MAX_SEARCHED_NODES and limits.max_replicas > 1:
-        return plan_large(problem, limits, seed=config.seed, evaluations=config.evaluations or _LARGE_EVALUATIONS)
+    if problem.num_nodes >= MIN_CLASSED_NODES and limits.max_replicas > 1:
+        evaluations = config.evaluations or default_large_evaluations(problem)
+        found = plan_large(problem, limits, seed=config.seed, evaluations=evaluations, steady=False)
+        if problem.num_nodes > MAX_SEARCHED_NODES:
+            return found
+        start = start or found.placement
     return search(problem, limits, seed=config.seed, evaluations=config.evaluations, start=start)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from orchestrator.planner.draws import new_stream
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.heal import healed, touch_up
+from orchestrator.planner.large_repair import repair_large
 from orchestrator.planner.migration import Migration, StateSizes, migration
 from orchestrator.planner.objective import Found, Limits
 from orchestrator.planner.problem import Placement, Problem
@@ -88,7 +89,9 @@ def replan(
     if incumbent is None or not incumbent.used:
         return _anew(problem, limits, state_sizes, seed, evaluations, None)
     wide = max(len(nodes) for nodes in incumbent.nodes)
-    searcher = Searcher.of(problem, limits, max(wide + 1, min(limits.max_replicas, wide + 8)))
+    # A repair's change brings two nodes to a stage at most.
+    more = 2 * budget if problem.num_nodes > _LARGE else 8
+    searcher = Searcher.of(problem, limits, max(wide + 1, min(limits.max_replicas, wide + more)))
     mended = healed(problem, limits, searcher, incumbent)
     assert mended is not None
     stay = _choice(problem, searcher, incumbent, mended, state_sizes)
@@ -136,7 +139,10 @@ def _neighbours(
 ) -> Iterator[Placement]:
     """Yield better and better placements, each further from the incumbent."""
     if problem.num_nodes > _LARGE:
-        yield touch_up(problem, limits, searcher, mended, budget)
+        repaired = repair_large(problem, mended, limits, budget).placement or mended
+        yield repaired
+        # Who is left over joins where it helps by the whole cost, windows and exchange included.
+        yield touch_up(problem, limits, searcher, repaired, budget)
         return
     # The descent is looked in on after a while, after twice as long, and so on: its first steps move least.
     each, left, reached = _FIRST_LOOK, int(budget * _DESCENT_PART), mended

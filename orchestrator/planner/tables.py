@@ -96,7 +96,7 @@ class Scratch(NamedTuple):
     # Seconds a microbatch in the long run of the stage alone, and of the link that leaves it.
     stage_s_S: Floats
     link_s_S: Floats
-    window_S: Counts
+    window_SR: Counts
     shares_SR: Counts
     forward_SR: Floats
     backward_SR: Floats
@@ -243,7 +243,7 @@ def make_scratch(problem: Problem, most_replicas: int) -> Scratch:
         beyond_S=floats(stages),
         stage_s_S=floats(stages),
         link_s_S=floats(stages),
-        window_S=np.zeros(stages, np.int64),
+        window_SR=np.zeros((stages, replicas), np.int64),
         shares_SR=np.zeros((stages, replicas), np.int64),
         forward_SR=floats(stages, replicas),
         backward_SR=floats(stages, replicas),

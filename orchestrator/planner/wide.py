@@ -35,8 +35,7 @@ def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
         more_s, pace_s = down[0] + up[0], down[1] + up[1]
     else:
         more_s, pace_s = view.pace(total_K, shares_K, True, True)
-    windows_S = view.windows(trip_S, pace_s)
-    window_K = windows_S[view.stage_K]
+    window_K = view.windows(total_K, trip_S, pace_s)
     held_S = view.sums(np.minimum(window_K, shares_K))
     num_more_S = problem.num_microbatches - view.sums((shares_K > 0).astype(np.int64))
     rate = 1 / pace_s
@@ -61,7 +60,7 @@ def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
         pace_s=pace_s,
         sync_s=sync_s,
         commit_s=commit_s,
-        in_flight_S=tuple(windows_S.tolist()),
+        in_flight_SR=view.by_stage(window_K),
         shares_S=view.by_stage(shares_K),
         memory_S=view.by_stage(memory_K),
         short_bytes=max(0.0, short),
@@ -129,19 +128,18 @@ class _Wide:
         trip_S = np.cumsum(seconds_S[::-1])[::-1]
         return trip_S, trip_S - own_S
 
-    def windows(self, trip_S: Floats, pace_s: float) -> np.ndarray:
+    def windows(self, total_K: Floats, trip_S: Floats, pace_s: float) -> np.ndarray:
         problem, count = self.problem, self.problem.num_microbatches
-        stages = np.arange(self.num_stages)
         if problem.schedule == "gpipe":
-            return np.full(self.num_stages, count)
+            return np.full(len(self.node_K), count)
         if problem.schedule == "1f1b":
-            return np.minimum(self.num_stages - stages, count)
-        wanted_S = -(-IN_FLIGHT_MARGIN * trip_S // (pace_s * np.diff(self.start_S)))
+            return np.minimum(self.num_stages - self.stage_K, count)
+        needed_S = IN_FLIGHT_MARGIN * trip_S / pace_s * (1 - _ROUNDING)
+        wanted_K = np.ceil(needed_S[self.stage_K] / (total_K * self.sums(1 / total_K)[self.stage_K]))
         empty_K = self.memory(np.zeros(len(self.node_K)))
         each_K = self.memory(np.ones(len(self.node_K))) - empty_K
         room_K = np.trunc((problem.memory_bytes_N[self.node_K] - empty_K) // each_K)
-        room_S = -self.most(-room_K)
-        return np.maximum(1, np.minimum(np.minimum(count, wanted_S), room_S)).astype(np.int64)
+        return np.maximum(1, np.minimum(np.minimum(count, wanted_K), room_K)).astype(np.int64)
 
     def sync_s(self) -> float:
         problem = self.problem

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +142,8 @@ class Lineup:
             elif self.problem.schedule == "gpipe":
                 in_flight_S = [self.problem.num_microbatches] * self.num_stages
             else:
-                in_flight_S = evaluate(self.problem, self.placement).in_flight_S
+                windows_SR = evaluate(self.problem, self.placement).in_flight_SR
+                return np.array(list(chain.from_iterable(windows_SR)), dtype=np.int32)
         return np.array(in_flight_S, dtype=np.int32)[self.stage_U]
 
 

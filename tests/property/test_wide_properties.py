@@ -19,7 +19,7 @@ def test_wide_stages_cost_what_the_specification_says(seed: int) -> None:
     placement = any_placement(rng, problem, Limits(max_replicas=problem.num_nodes))
     expected, found = evaluate(problem, placement), evaluate_wide(problem, placement)
     assert found.shares_S == expected.shares_S
-    assert found.in_flight_S == expected.in_flight_S
+    assert found.in_flight_SR == expected.in_flight_SR
     for name in ("step_s", "rate", "fill_s", "pace_s", "sync_s", "commit_s"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9)
     assert found.short_bytes == pytest.approx(expected.short_bytes, abs=1e-9)

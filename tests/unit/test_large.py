@@ -60,14 +60,14 @@ def wide_problem(seed: int = 0) -> Problem:
 
 def test_a_large_plan_is_within_two_percent_of_the_bound_and_has_the_score_of_the_specification() -> None:
     problem = wide_problem()
-    found = plan_large(problem, MANY, seed=0, evaluations=4000)
+    found = plan_large(problem, MANY, seed=0, evaluations=4000, steady=True)
     assert found.placement is not None
     cost = evaluate(problem, found.placement)
     assert cost.short_bytes == 0
     assert found.score == pytest.approx(score(problem, MANY, found.placement, cost))
     bound = throughput_bound(problem, MANY).rate
     assert 0.98 * bound <= cost.rate <= bound
-    assert plan_large(problem, MANY, seed=0, evaluations=4000) == found
+    assert plan_large(problem, MANY, seed=0, evaluations=4000, steady=True) == found
 
 
 def test_a_link_too_thin_for_the_flow_is_not_crossed() -> None:
@@ -76,10 +76,10 @@ def test_a_link_too_thin_for_the_flow_is_not_crossed() -> None:
     shared = problem.shared_bytes_per_s_PP.copy()
     shared[3, :3] = shared[:3, 3] = 0.1
     shared[3, 3] = np.inf
-    found = plan_large(replace(problem, shared_bytes_per_s_PP=shared), MANY, seed=0, evaluations=4000)
+    found = plan_large(replace(problem, shared_bytes_per_s_PP=shared), MANY, seed=0, evaluations=4000, steady=True)
     assert found.placement is not None
     assert not (problem.place_N[list(found.placement.used)] == 3).any()
-    whole = plan_large(problem, MANY, seed=0, evaluations=4000)
+    whole = plan_large(problem, MANY, seed=0, evaluations=4000, steady=True)
     assert whole.placement is not None
     rest = 1 - (problem.place_N == 3) @ (1 / problem.layer_s_N) / (1 / problem.layer_s_N).sum()
     rate = evaluate(replace(problem, shared_bytes_per_s_PP=shared), found.placement).rate
@@ -101,7 +101,7 @@ def test_a_link_too_thin_for_the_flow_is_not_crossed() -> None:
 )
 def test_limits_are_kept(limits: Limits) -> None:
     problem = wide_problem()
-    found = plan_large(problem, limits, seed=0, evaluations=3000)
+    found = plan_large(problem, limits, seed=0, evaluations=3000, steady=True)
     assert found.placement is not None
     assert is_allowed(problem, limits, found.placement)
     cost = evaluate(problem, found.placement)
@@ -110,19 +110,19 @@ def test_limits_are_kept(limits: Limits) -> None:
     assert cost.rate <= throughput_bound(problem, limits).rate
     if limits.objective != "throughput":
         # Cheaper than what is fastest.
-        fastest = plan_large(problem, replace(limits, objective="throughput"), seed=0, evaluations=3000)
+        fastest = plan_large(problem, replace(limits, objective="throughput"), seed=0, evaluations=3000, steady=True)
         assert fastest.placement is not None
         assert found.score < score(problem, limits, fastest.placement)
 
 
 def test_where_nothing_fits_nothing_is_found() -> None:
     problem = replace(wide_problem(), memory_bytes_N=np.full(NUM_NODES, 50.0))
-    assert plan_large(problem, MANY, seed=0, evaluations=100).placement is None
+    assert plan_large(problem, MANY, seed=0, evaluations=100, steady=True).placement is None
 
 
 def test_who_joins_is_used_and_who_leaves_is_made_up_for() -> None:
     problem = wide_problem()
-    plan = plan_large(problem, MANY, seed=0, evaluations=4000).placement
+    plan = plan_large(problem, MANY, seed=0, evaluations=4000, steady=True).placement
     assert plan is not None
     before = evaluate(problem, plan).rate
     node = plan.nodes[3][0]
@@ -143,7 +143,7 @@ def test_who_joins_is_used_and_who_leaves_is_made_up_for() -> None:
 
 def test_a_stage_that_lost_all_its_nodes_gets_others() -> None:
     problem = wide_problem()
-    plan = plan_large(problem, MANY, seed=0, evaluations=4000).placement
+    plan = plan_large(problem, MANY, seed=0, evaluations=4000, steady=True).placement
     assert plan is not None
     empty = Placement(bounds=plan.bounds, nodes=tuple(() if s == 2 else nodes for s, nodes in enumerate(plan.nodes)))
     lost = np.isin(np.arange(NUM_NODES), plan.nodes[2])
