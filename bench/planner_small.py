@@ -167,6 +167,7 @@ def draw_problem(rng: np.random.Generator, *, is_chain: bool, memory: str) -> Pr
         flight_bytes_N=np.full(nodes, 1e7),
         fixed_bytes_N=np.full(nodes, 5e7),
         last_bytes=2e8,
+        last_saved_bytes=5e7,
         place_N=np.arange(nodes, dtype=np.int32) % places,
         delay_s_PP=between(0.001, 0.2, places, places),
         byte_s_PP=8 / (between(20, 5000, places, places) * 1e6),

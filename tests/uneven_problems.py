@@ -46,6 +46,7 @@ def uneven_problem(rng: np.random.Generator, *, most_nodes: int = 6, most_layers
         flight_bytes_N=spread(0.1, 1.0, num_nodes),
         fixed_bytes_N=spread(0.1, 1.0, num_nodes),
         last_bytes=float(rng.integers(3)),
+        last_saved_bytes=float(rng.integers(2)),
         place_N=np.arange(num_nodes, dtype=np.int32)
         if own_places
         else rng.integers(0, num_places, num_nodes).astype(np.int32),

@@ -27,8 +27,8 @@ _SYNC_BYTES_PER_PARAM = 4
 # Kept for backward per token, in units of the hidden size, the key-value size and the ffn size of one block: norms'
 # inputs and outputs, projections before and after rotation, attention's output, the gated product's factors.
 _SAVED_HIDDEN, _SAVED_KV, _SAVED_FFN = 10, 4, 5
-# Logits, their float32 copy, its log-softmax and the gradient.
-_HEAD_COPIES = 4
+# Logits, their float32 copy and the gradient; and its log-softmax, which each microbatch in flight keeps.
+_HEAD_COPIES, _HEAD_SAVED = 3, 1
 # A frame exists encoded, as chunks in the window, and decoded, at each end.
 FRAME_COPIES = 6
 # Where no link was measured: two nodes of one machine or one rack.
@@ -67,6 +67,7 @@ def make_problem(
     PlanError where a node was not timed with this microbatch size.
     """
     model, batch, nodes = work.model, work.batch, fleet.nodes
+    logits_bytes = 4 * batch.microbatch_tokens * model.vocab_size
     times = [_times_of(node, batch.microbatch_size) for node in nodes]
 
     def column(values: Sequence[float]) -> Floats:
@@ -96,7 +97,8 @@ def make_problem(
         layer_saved_bytes_N=boundary_N if work.activation_checkpointing else block_N,
         flight_bytes_N=boundary_N,
         fixed_bytes_N=FRAME_COPIES * boundary_N + (block_N if work.activation_checkpointing else 0.0),
-        last_bytes=float(_HEAD_COPIES * batch.microbatch_tokens * model.vocab_size * 4),
+        last_bytes=float(_HEAD_COPIES * logits_bytes),
+        last_saved_bytes=float(_HEAD_SAVED * logits_bytes),
         place_N=np.array(table.place_of, dtype=np.int32),
         delay_s_PP=table.delay_s_PP,
         byte_s_PP=8 / (table.rate_mbps_PP * BITS_PER_MEGABIT),

@@ -83,9 +83,10 @@ def room(problem: Problem, in_flight_N: Floats | float, most_layers: int, *, sla
     size = problem.num_layers
     each_N = problem.layer_state_bytes + in_flight_N * problem.layer_saved_bytes_N
     free_N = problem.memory_bytes_N * (1 + slack) - problem.fixed_bytes_N - in_flight_N * problem.flight_bytes_N
-    first_bytes, last_bytes = problem.first_state_bytes, problem.last_state_bytes + problem.last_bytes
+    first_bytes = problem.first_state_bytes
+    last_bytes = problem.last_state_bytes + problem.last_bytes + in_flight_N * problem.last_saved_bytes
 
-    def fit_N(more_bytes: float, most: int) -> Counts:
+    def fit_N(more_bytes: Floats | float, most: int) -> Counts:
         layers_N = np.floor(np.maximum(free_N - more_bytes, -1.0) / np.maximum(each_N, 1e-300))
         return np.clip(layers_N, -1, max(most, 0)).astype(np.int64)
 

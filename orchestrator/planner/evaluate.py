@@ -72,7 +72,7 @@ def memory_bytes(problem: Problem, node: int, start: int, stop: int, in_flight: 
     if start == 0:
         total += problem.first_state_bytes
     if stop == problem.num_layers:
-        total += problem.last_state_bytes + problem.last_bytes
+        total += problem.last_state_bytes + problem.last_bytes + in_flight * problem.last_saved_bytes
     return float(total)
 
 

@@ -178,7 +178,7 @@ def memory_bytes(
     if first:
         total += state_bytes[1]
     if last:
-        total += state_bytes[2] + state_bytes[3]
+        total += state_bytes[2] + state_bytes[3] + in_flight * state_bytes[4]
     return total
 
 

@@ -153,7 +153,8 @@ def stage_fits(problem: Problem, team: Workers, nodes: Counts, start: int, stop:
     used = layers * problem.layer_state_bytes + problem.fixed_bytes_N[nodes]
     used = used + flight * (layers * problem.layer_saved_bytes_N[nodes] + problem.flight_bytes_N[nodes])
     used = used + problem.first_state_bytes * (start == 0)
-    used = used + (problem.last_state_bytes + problem.last_bytes) * (stop == problem.num_layers)
+    last = problem.last_state_bytes + problem.last_bytes + flight * problem.last_saved_bytes
+    used = used + last * (stop == problem.num_layers)
     return (team.most_layers_N[nodes] >= layers) & (used <= problem.memory_bytes_N[nodes] * (1 + _SLACK))
 
 

@@ -39,7 +39,8 @@ class Problem:
     # Of the backward time, what makes weight gradients and may run later.
     layer_weight_s_N: Floats
     # Memory: what a node has, what a stage's weights with gradient and moments take (microbatch or not), what a
-    # microbatch in flight keeps for each layer and for the stage, and what is there once.
+    # microbatch in flight keeps for each layer and for the stage, and what is there once. The last stage has the head's
+    # logits besides: once, and what it keeps of each microbatch in flight.
     memory_bytes_N: Floats
     layer_state_bytes: float
     first_state_bytes: float
@@ -48,6 +49,7 @@ class Problem:
     flight_bytes_N: Floats
     fixed_bytes_N: Floats
     last_bytes: float
+    last_saved_bytes: float
     # Links: from row to column; seconds for one byte of one flow between two nodes.
     place_N: Ints
     delay_s_PP: Floats

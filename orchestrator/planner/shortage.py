@@ -122,7 +122,7 @@ def _needs(problem: Problem, num_stages: int) -> tuple[Ints, Floats, Floats]:
     each_S = problem.layer_state_bytes + window_S * problem.layer_saved_bytes_N[nodes_S]
     once_S = problem.fixed_bytes_N[nodes_S] + window_S * problem.flight_bytes_N[nodes_S]
     once_S[0] += problem.first_state_bytes
-    once_S[-1] += problem.last_state_bytes + problem.last_bytes
+    once_S[-1] += problem.last_state_bytes + problem.last_bytes + window_S[-1] * problem.last_saved_bytes
     return nodes_S, each_S, problem.memory_bytes_N[nodes_S] - once_S
 
 

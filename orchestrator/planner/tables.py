@@ -138,7 +138,13 @@ def make_tables(problem: Problem) -> Tables:
         problem.price_N,
     )
     pairs = (problem.delay_s_PP, problem.byte_s_PP, problem.shared_bytes_per_s_PP)
-    state = (problem.layer_state_bytes, problem.first_state_bytes, problem.last_state_bytes, problem.last_bytes)
+    state = (
+        problem.layer_state_bytes,
+        problem.first_state_bytes,
+        problem.last_state_bytes,
+        problem.last_bytes,
+        problem.last_saved_bytes,
+    )
     return Tables(
         num_layers=problem.num_layers,
         num_microbatches=problem.num_microbatches,

@@ -111,7 +111,8 @@ class _Wide:
         total_K = self.layers_K * problem.layer_state_bytes + problem.fixed_bytes_N[node]
         each_K = self.layers_K * problem.layer_saved_bytes_N[node] + problem.flight_bytes_N[node]
         total_K = total_K + in_flight_K * each_K + self.first_K * problem.first_state_bytes
-        return total_K + self.last_K * (problem.last_state_bytes + problem.last_bytes)
+        last_K = problem.last_state_bytes + problem.last_bytes + in_flight_K * problem.last_saved_bytes
+        return total_K + self.last_K * last_K
 
     def trips(self, total_K: Floats) -> tuple[Floats, Floats]:
         problem = self.problem

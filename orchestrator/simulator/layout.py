@@ -24,9 +24,6 @@ from orchestrator.simulator.overheads import CodecTimes, Overheads
 _NO_CODEC = CodecTimes(encode_byte_s=0.0, decode_byte_s=0.0)
 _OPS = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD}
 
-# Of the head's copies of logits, what a microbatch in flight keeps for its backward: the log-softmax, one of four.
-KEPT_LOGITS_SHARE = 0.25
-
 # Of each stage, what it does, in order.
 Orders = Sequence[Sequence[Action]]
 
@@ -177,7 +174,7 @@ def make_layout(
     encode_byte_s_DQ, decode_byte_s_DQ = _codec_byte_s(cut_Q, codecs, overheads)
     layers_U = np.array([stop - start for start, stop in lineup.spans_U])
     flight_bytes_U = layers_U * problem.layer_saved_bytes_N[lineup.nodes_U] + raw_bytes_U
-    flight_bytes_U += (lineup.stage_U == lineup.num_stages - 1) * problem.last_bytes * KEPT_LOGITS_SHARE
+    flight_bytes_U += (lineup.stage_U == lineup.num_stages - 1) * problem.last_saved_bytes
     return Layout(
         node_SM=node_SM,
         duration_s_ASM=lineup.durations(overheads.action_s, sigma, seed),

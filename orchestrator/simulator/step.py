@@ -19,7 +19,7 @@ from actors.spec import Plan
 from orchestrator.planner.build import FRAME_COPIES, Workload, make_problem
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.simulator.kernel import WEIGHT, Floats, Ints, Layout, Played, play
-from orchestrator.simulator.layout import KEPT_LOGITS_SHARE, Lineup, Orders, make_layout
+from orchestrator.simulator.layout import Lineup, Orders, make_layout
 from orchestrator.simulator.links import sync_s
 from orchestrator.simulator.overheads import NO_OVERHEADS, Overheads
 
@@ -221,7 +221,7 @@ def _standing_bytes(lineup: Lineup) -> Floats:
     problem = lineup.problem
     again_N = np.maximum(0.0, problem.fixed_bytes_N - FRAME_COPIES * problem.flight_bytes_N)
     is_last_U = lineup.stage_U == lineup.num_stages - 1
-    return again_N[lineup.nodes_U] + is_last_U * problem.last_bytes * (1 - KEPT_LOGITS_SHARE)
+    return again_N[lineup.nodes_U] + is_last_U * problem.last_bytes
 
 
 def _finish_s(lineup: Lineup, played: Played) -> Floats:

@@ -42,6 +42,7 @@ def wide_problem(seed: int = 0) -> Problem:
         flight_bytes_N=zeros + 0.5,
         fixed_bytes_N=zeros + 1.0,
         last_bytes=1.0,
+        last_saved_bytes=0.1,
         place_N=rng.integers(0, NUM_PLACES, NUM_NODES).astype(np.int32),
         delay_s_PP=0.05 * apart,
         byte_s_PP=1e-4 + 1e-3 * apart,
