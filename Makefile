@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'from actors.kernels.dispatch import host_kernels; print("codecs:", host_kernels().name)'
-	$(BIN)/python -m orchestrator.planner.warm
+	$(BIN)/python -m orchestrator.warm
 	touch $@
 
 demo: env

@@ -1,4 +1,4 @@
-"""Compiles the planner before anyone waits for a plan: `python -m orchestrator.planner.warm`, which `make env` runs.
+"""Compiles planner and simulator before anyone waits for them: `python -m orchestrator.warm`, which `make env` runs.
 
 Compiled code is kept beside the sources, or in the user's cache where that is not writable, so this is done once.
 """
@@ -8,13 +8,20 @@ from __future__ import annotations
 from actors.fleet_spec import Fleet, NodeCard, PartTimes
 from actors.model.spec import ModelSpec
 from actors.settings import BatchSpec, WireConfig
-from orchestrator.planner.build import Workload
+from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import PlanConfig
 from orchestrator.planner.explain import explained_plan
+from orchestrator.planner.large import plan_large
+from orchestrator.planner.migration import StateSizes
+from orchestrator.planner.objective import Limits
+from orchestrator.planner.replan import replan
+from orchestrator.simulator.step import simulate_step
+
+_NO_STATE = StateSizes(layer_bytes=0.0, first_bytes=0.0, last_bytes=0.0, store_byte_s=0.0)
 
 
 def warm() -> float:
-    """Plan for a small made-up fleet with all that there is to choose from; return the plan's seconds a step."""
+    """Plan for a small made-up fleet, as a small one and as a large one, and simulate a step; return its seconds."""
     times = PartTimes(
         microbatch_size=1,
         layer_forward_s=0.1,
@@ -43,8 +50,13 @@ def warm() -> float:
         schedule="1f1b",
         activation_checkpointing=False,
     )
-    config = PlanConfig(max_replicas=2, evaluations=500)
-    return explained_plan(Fleet(nodes=nodes, links=()), work, WireConfig(), config).step_s
+    fleet, wire, config = Fleet(nodes=nodes, links=()), WireConfig(), PlanConfig(max_replicas=2, evaluations=500)
+    explained_plan(fleet, work, wire, config)
+    problem, limits = make_problem(fleet, work, wire), Limits(max_replicas=2)
+    found = plan_large(problem, limits, seed=0, evaluations=50, steady=False).placement
+    assert found is not None, "a fleet with room for everything has a plan"
+    replan(problem, found, limits, state_sizes=_NO_STATE, horizon_s=1.0, seed=0, evaluations=500)
+    return simulate_step(problem, found, wire).step_s
 
 
 if __name__ == "__main__":
