@@ -16,6 +16,7 @@ from torch import _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateI
 from actors.data import Microbatch
 from actors.errors import StageError
 from actors.model.decoder import DecoderStage, token_losses
+from actors.model.put_off import PutOff, add_gradients
 from actors.optim import OptimConfig, build_optimizer
 from actors.resident import ResidentMemory
 from actors.spec import Commit
@@ -28,6 +29,10 @@ class _InFlight:
     input_BTD: torch.Tensor | None
     # hidden_BTD that goes on to the next stage; on the last stage the scaled loss.
     output: torch.Tensor
+
+
+# A weight, its layer's input and its output's gradient, of each layer that put its weight gradient off.
+_PutOffParts = list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]
 
 
 class StageEngine:
@@ -43,6 +48,9 @@ class StageEngine:
         # How many steps have been committed into the weights.
         self.version = 0
         self._in_flight: dict[int, _InFlight] = {}
+        # Where backwards put weight gradients off, once a first half was asked for, and what they did.
+        self._put_off: PutOff | None = None
+        self._halved: dict[int, _PutOffParts] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._num_targets = 0
         self._step_targets = 1
@@ -94,6 +102,23 @@ class StageEngine:
         assert flight.input_BTD.grad is not None
         return flight.input_BTD.grad.to(self.boundary_dtype)
 
+    def split_backwards(self) -> None:
+        """From now on backwards come in halves."""
+        self._put_off = self.model.put_off_weight_gradients()
+
+    def input_backward(self, microbatch: int, grad_BTD: torch.Tensor | None) -> torch.Tensor | None:
+        """Run the first half of one microbatch's backward: as `backward`, but for the blocks' weight gradients."""
+        assert self._put_off is not None, "backwards come whole"
+        self._put_off.open()
+        try:
+            return self.backward(microbatch, grad_BTD)
+        finally:
+            self._halved[microbatch] = self._put_off.close()
+
+    def weight_backward(self, microbatch: int) -> None:
+        """Run the second half of one microbatch's backward: the weight gradients that the first put off."""
+        add_gradients(self._halved.pop(microbatch))
+
     def grad_sq(self) -> tuple[tuple[str, float], ...]:
         """Return the squared gradient norm of each parameter, in the model's own order."""
         named = [(name, param.grad) for name, param in self.params.items() if param.grad is not None]
@@ -137,7 +162,7 @@ class StageEngine:
             )
         if not commit.skip:
             grads = [param.grad for param in self.params.values() if param.grad is not None]
-            if not grads or self._in_flight:
+            if not grads or self._in_flight or self._halved:
                 raise StageError(
                     f"the commit of step {commit.step} came to a stage that has not run it to its end",
                     "load every stage from one checkpoint",
@@ -176,6 +201,7 @@ class StageEngine:
     def _forget_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self._in_flight.clear()
+        self._halved.clear()
         self._loss_sum.zero_()
         self._num_targets = 0
         self._nonfinite.clear()

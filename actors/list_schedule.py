@@ -130,6 +130,11 @@ def list_schedule(
     return min(tried, key=lambda found: found.timings.step_s)
 
 
+def dispatched(schedule: ListScheduleName, times: PipelineTimes, num_microbatches: int, limits: Limits) -> ListSchedule:
+    """Return the orders that come of `actors.dispatch`, what stages run, and their times."""
+    return _Greedy(schedule, times, num_microbatches, limits, _RULES[0]).run()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Rule:
     """What is urgent."""
@@ -140,7 +145,7 @@ class _Rule:
     patience: float
 
 
-# The best on most pipelines first; the limits keep eager forwards from taking memory.
+# The best on most pipelines first, that of `actors.dispatch`; the limits keep eager forwards from taking memory.
 _RULES = tuple(
     _Rule(forward_first=forward_first, patience=patience)
     for patience, forward_first in product((0.0, 0.3, 0.6, 1.0), (True, False))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -215,24 +215,49 @@ class Mailbox:
         Raises PeerTimeout naming the sender, StepAborted, or whatever made the step fail.
         """
         with self._changed:
-            key: _Key = (self._generation, self._step, kind, microbatch)
-            deadline_s = monotonic() + timeout_s
-            while (arrival := self._ready.get(key)) is None:
-                if self._generation <= self._ended_generation:
-                    raise StepAborted(f"stage {self._stage}: generation {self._generation} has ended")
-                if self._failure is not None:
-                    raise self._failure
-                remaining_s = deadline_s - monotonic()
-                if remaining_s <= 0:
-                    raise PeerTimeout(
-                        f"stage {self._stage} waited {timeout_s:.0f} s for {_name(key)} "
-                        f"from stage {self._expected[kind].source}",
-                        "check that node and its link, or raise timeouts.frame_s",
-                    )
-                self._changed.wait(remaining_s)
-            del self._ready[key]
+            (key,) = keys = self._keys([(kind, microbatch)])
+            self._wait(keys, timeout_s, monotonic)
+            arrival = self._ready.pop(key)
+            assert arrival is not None, "it was decoded"
             self._taken[kind] = microbatch + 1
         return arrival.use()
+
+    def has(self, kind: Kind, microbatch: int) -> bool:
+        """Return whether this microbatch's tensor is there to take; raises what made the step fail."""
+        with self._changed:
+            self._require_going()
+            return self._ready.get(self._keys([(kind, microbatch)])[0]) is not None
+
+    def wait_for_any(
+        self, wanted: Sequence[tuple[Kind, int]], *, timeout_s: float, monotonic: Callable[[], float]
+    ) -> None:
+        """Wait until one of these is there to take; raises as `take` does."""
+        with self._changed:
+            self._wait(self._keys(wanted), timeout_s, monotonic)
+
+    def _keys(self, wanted: Sequence[tuple[Kind, int]]) -> list[_Key]:
+        return [(self._generation, self._step, kind, microbatch) for kind, microbatch in wanted]
+
+    def _wait(self, keys: Sequence[_Key], timeout_s: float, monotonic: Callable[[], float]) -> None:
+        """Wait until one of these frames is decoded; the lock is held."""
+        deadline_s = monotonic() + timeout_s
+        while all(self._ready.get(key) is None for key in keys):
+            self._require_going()
+            remaining_s = deadline_s - monotonic()
+            if remaining_s <= 0:
+                named = " and for ".join(f"{_name(key)} from stage {self._expected[key[2]].source}" for key in keys)
+                raise PeerTimeout(
+                    f"stage {self._stage} waited {timeout_s:.0f} s for {named}",
+                    "check that node and its link, or raise timeouts.frame_s",
+                )
+            self._changed.wait(remaining_s)
+
+    def _require_going(self) -> None:
+        """Raise what made the open step fail, or StepAborted; the lock is held."""
+        if self._generation <= self._ended_generation:
+            raise StepAborted(f"stage {self._stage}: generation {self._generation} has ended")
+        if self._failure is not None:
+            raise self._failure
 
     def _change_codec(self, kind: Kind, codec: str) -> None:
         """Take frames of this kind in another codec; what has come in part is of the one before. The lock is held."""

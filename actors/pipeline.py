@@ -8,7 +8,7 @@ transfer overlaps with compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 
 from actors.codecs import Codec
 from actors.data import Microbatch
+from actors.dispatch import Dispatch
 from actors.engine import StageEngine
 from actors.link import Link
 from actors.mailbox import Mailbox
@@ -29,7 +30,7 @@ ReadMicrobatch = Callable[[int, int], Microbatch | None]
 # How many frames beyond the next needed one may wait in an evaluation, and as many on their way.
 EVAL_WINDOW = 4
 # What the device does, not the host.
-_COMPUTE = ("F", "B", "C")
+_COMPUTE = ("F", "B", "W", "C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +122,15 @@ def total_s(actions: Sequence[ActionTime], *names: str) -> float:
 def run_step(
     engine: StageEngine,
     ports: Ports,
-    actions: Sequence[Action],
+    actions: Iterable[Action],
     read: ReadMicrobatch,
     moment: Moment,
     timeline: Timeline,
 ) -> None:
-    """Run a training step's actions; afterwards the engine holds the step's gradients and loss."""
+    """Run a training step's actions; afterwards the engine holds the step's gradients and loss.
+
+    `actions` may say what is next only when asked (`arriving_actions`).
+    """
     for action in actions:
         microbatch = action.microbatch
         if action.op is Op.FORWARD:
@@ -135,12 +139,35 @@ def run_step(
                 output_BTD = engine.forward(microbatch, hidden_BTD, read(moment.step, microbatch))
             if ports.to_next and output_BTD is not None:
                 ports.to_next.send(output_BTD, Kind.ACTIVATION, moment, microbatch)
+        elif action.op is Op.WEIGHT_BACKWARD:
+            with timeline.record("W", microbatch):
+                engine.weight_backward(microbatch)
         else:
             grad_BTD = _take(ports, ports.to_next, Kind.GRADIENT, microbatch, timeline, "wB")
+            run = engine.backward if action.op is Op.BACKWARD else engine.input_backward
             with timeline.record("B", microbatch):
-                input_grad_BTD = engine.backward(microbatch, grad_BTD)
+                input_grad_BTD = run(microbatch, grad_BTD)
             if ports.to_previous and input_grad_BTD is not None:
                 ports.to_previous.send(input_grad_BTD, Kind.GRADIENT, moment, microbatch)
+
+
+def arriving_actions(dispatch: Dispatch, ports: Ports, timeline: Timeline) -> Iterator[Action]:
+    """Yield what a stage does next by what has arrived, each when the one before is done; wait if nothing is ready."""
+    mailbox, is_first, is_last = ports.mailbox, ports.to_previous is None, ports.to_next is None
+    while not dispatch.is_done:
+        forward, backward = dispatch.wanted_activation, dispatch.wanted_gradient
+        action = dispatch.next(
+            has_activation=is_first or (forward is not None and mailbox.has(Kind.ACTIVATION, forward)),
+            has_gradient=is_last or (backward is not None and mailbox.has(Kind.GRADIENT, backward)),
+        )
+        if action is not None:
+            yield action
+            continue
+        wanted = [(Kind.ACTIVATION, forward)] if forward is not None else []
+        wanted += [(Kind.GRADIENT, backward)] if backward is not None else []
+        # Where both would do it waits for the gradient: that one's way is the longer.
+        with timeline.record("wF" if backward is None else "wB", wanted[-1][1]):
+            mailbox.wait_for_any(wanted, timeout_s=ports.frame_s, monotonic=timeline.clock)
 
 
 def run_evaluation(

@@ -19,8 +19,7 @@ class Op(Enum):
     """One kind of action.
 
     A backward may be split (zero bubble, Qi et al., arXiv 2401.10241): its first half makes the gradient that the stage
-    before waits for, its second half the gradients of the weights, for which nobody waits. Nodes run whole backwards
-    only, so far; split ones are planned and simulated.
+    before waits for, its second half the gradients of the weights, for which nobody waits.
     """
 
     FORWARD = "F"
@@ -56,8 +55,8 @@ def num_in_flight(schedule: ScheduleName, stage: int, num_stages: int, num_micro
     """Return how many microbatches' activations `stage` holds at the peak; ScheduleError as stage_actions."""
     if schedule not in ("gpipe", "1f1b"):
         raise ScheduleError(
-            f"nodes do not run the schedule {schedule} yet: it is planned and simulated only",
-            "set plan.schedule to 1f1b or gpipe",
+            f"the schedule {schedule} has no order of its own: what a stage does depends on what arrives",
+            "set plan.schedule to 1f1b or gpipe for a fixed order",
         )
     return num_microbatches if schedule == "gpipe" else min(num_stages - stage, num_microbatches)
 

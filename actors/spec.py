@@ -33,7 +33,7 @@ class TensorRole(Enum):
     WEIGHT = "weight"
 
 
-# The first two are what stages run; the others are planned and simulated: see actors.list_schedule.
+# The first two have a fixed order, the others go by what arrives: see actors.schedule and actors.dispatch.
 ScheduleName = Literal["gpipe", "1f1b", "bdp", "bdp-split"]
 
 

@@ -8,7 +8,7 @@ Every order names its run, generation and step; the same order again gets the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from actors.codecs import Codec, codec_for
 from actors.data import Microbatch, TokenSource
+from actors.dispatch import Dispatch
 from actors.engine import StageEngine
 from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
 from actors.kernels.dispatch import prepare_kernels
@@ -25,9 +26,19 @@ from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
 from actors.model.decoder import DecoderStage
 from actors.model.huggingface import load_weights
 from actors.model.init import initialise
-from actors.pipeline import EVAL_WINDOW, Moment, Outlet, Ports, Timeline, run_evaluation, run_step, total_s
+from actors.pipeline import (
+    EVAL_WINDOW,
+    Moment,
+    Outlet,
+    Ports,
+    Timeline,
+    arriving_actions,
+    run_evaluation,
+    run_step,
+    total_s,
+)
 from actors.resident import ResidentMemory
-from actors.schedule import num_in_flight, stage_actions
+from actors.schedule import Action, num_in_flight, stage_actions
 from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_limits
 from actors.spec import (
     Assignment,
@@ -67,9 +78,8 @@ class Stage:
             device=pick_device(),
         )
         self._engine = StageEngine(model, assignment.optim, resident)
-        self._actions = stage_actions(
-            assignment.plan.schedule, assignment.stage, assignment.num_stages, assignment.batch.num_microbatches
-        )
+        if assignment.plan.schedule == "bdp-split":
+            self._engine.split_backwards()
         # What each link carries now; a step's order may change it.
         self._codecs = assignment.plan.link_codecs
         self._train = self._source("train")
@@ -202,7 +212,24 @@ class Stage:
         self._mailbox.open(order.generation, order.step, self._incoming())
         targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
         self._engine.begin(order.step, targets)
-        run_step(self._engine, self._ports, self._actions, self._read_from(self._train), moment, timeline)
+        run_step(self._engine, self._ports, self._actions(timeline), self._read_from(self._train), moment, timeline)
+
+    def _actions(self, timeline: Timeline) -> Iterable[Action]:
+        """Return what this stage does in a step: in a fixed order, or as things arrive."""
+        assignment = self._assignment
+        schedule, num_microbatches = assignment.plan.schedule, assignment.batch.num_microbatches
+        if schedule == "gpipe" or schedule == "1f1b":
+            return stage_actions(schedule, assignment.stage, assignment.num_stages, num_microbatches)
+        dispatch = Dispatch(schedule, num_microbatches, self._in_flight(assignment.stage))
+        return arriving_actions(dispatch, self._ports, timeline)
+
+    def _in_flight(self, stage: int) -> int:
+        """Return how many microbatches a stage keeps in flight at most."""
+        assignment = self._assignment
+        plan, num_microbatches = assignment.plan, assignment.batch.num_microbatches
+        if plan.schedule == "gpipe" or plan.schedule == "1f1b":
+            return num_in_flight(plan.schedule, stage, assignment.num_stages, num_microbatches)
+        return max(1, min(plan.stages[stage].in_flight, num_microbatches))
 
     @contextmanager
     def _naming_out_of_memory(self, when: str) -> Iterator[None]:
@@ -244,7 +271,7 @@ class Stage:
             num_targets=engine.num_targets,
             grad_sq=engine.grad_sq(),
             nonfinite_microbatch=engine.nonfinite_microbatch(),
-            compute_s=total_s(actions, "F", "B", "C"),
+            compute_s=total_s(actions, "F", "B", "W", "C"),
             wait_s=total_s(actions, "wF", "wB"),
             step_s=timeline.elapsed_s,
             actions=actions,
@@ -301,15 +328,12 @@ class Stage:
             codec = incoming[kind]
             expected.append(Expectation(kind=kind, source=source, codec=codec, dtype=dtype, shape=shape, window=window))
 
-        def in_flight(stage: int) -> int:
-            return num_in_flight(assignment.plan.schedule, stage, assignment.num_stages, batch.num_microbatches)
-
         if not assignment.is_first:
             before = assignment.stage - 1
-            expect(Kind.ACTIVATION, before, in_flight(before))
+            expect(Kind.ACTIVATION, before, self._in_flight(before))
             expect(Kind.EVAL_ACTIVATION, before, EVAL_WINDOW)
         if not assignment.is_last:
-            expect(Kind.GRADIENT, assignment.stage + 1, in_flight(assignment.stage))
+            expect(Kind.GRADIENT, assignment.stage + 1, self._in_flight(assignment.stage))
         return tuple(expected)
 
     def _outlet(self, neighbour: int, carrier_to: Callable[[int], Carrier]) -> Outlet:

@@ -30,10 +30,10 @@ MOST_DIFFERENCE = 1 / 3
 _FLOPS_PER_PARAM_TOKEN = 6
 _RECIPE = ("batch.microbatch_size=1", "train.activation_checkpointing=true")
 # Ways to run: in words, and the settings.
-TODAY = ("as stages run today", ())
-SMALLER = ("codecs within 4% of loss", ("plan.quality_budget=0.04",))
-SPLIT = ("delays covered by bdp-split, not yet run", ("plan.schedule=bdp-split",))
-BOTH = ("bdp-split and codecs within 4%, not yet run", ("plan.schedule=bdp-split", "plan.quality_budget=0.04"))
+PLAIN = ("1F1B", ("plan.schedule=1f1b",))
+SMALLER = ("1F1B, codecs within 4% of loss", ("plan.schedule=1f1b", "plan.quality_budget=0.04"))
+SPLIT = ("delays covered by bdp-split", ("plan.schedule=bdp-split",))
+BOTH = ("bdp-split and codecs within 4%", ("plan.schedule=bdp-split", "plan.quality_budget=0.04"))
 REPLICAS = (
     "with replicas, not yet run",
     ("plan.schedule=bdp-split", "plan.quality_budget=0.04", "plan.max_replicas=4"),
@@ -60,7 +60,7 @@ SETTINGS = (
         model="100b.yaml",
         seq_len=4096,
         num_microbatches=512,
-        ways=(TODAY, SMALLER, SPLIT, BOTH),
+        ways=(PLAIN, SMALLER, SPLIT, BOTH),
         note="A published run of a 100B model on such a fleet: 30.8% of peak, $1.85 a million tokens. Rates between "
         "sites are its own (856 and 1,322 Mbit/s); delays (40 ms), the model's shape and $1.79 an hour are assumed; "
         "at that run's implied $1.07 an hour the dollars here are 0.6 of what is said.",
@@ -71,7 +71,7 @@ SETTINGS = (
         model="8b.yaml",
         seq_len=2048,
         num_microbatches=256,
-        ways=(TODAY, SMALLER, BOTH, REPLICAS),
+        ways=(PLAIN, SMALLER, BOTH, REPLICAS),
         note="Each card alone behind its line; uplinks of 80, 120 and 200 Mbit/s, ten times that down, 20 ms one way.",
     ),
     Setting(
@@ -80,7 +80,7 @@ SETTINGS = (
         model="8b.yaml",
         seq_len=4096,
         num_microbatches=256,
-        ways=(TODAY, SMALLER, SPLIT, BOTH, REPLICAS),
+        ways=(PLAIN, SMALLER, SPLIT, BOTH, REPLICAS),
         note="Rates and delays between the places as in the file: 300 to 1,000 Mbit/s, 12 to 60 ms.",
     ),
 )
@@ -240,7 +240,7 @@ _HEAD = """# What if: three fleets that nobody here has
 - Seconds a step are the plan's closed form, the simulator's, and the simulator's where TCP starts slowly after every
   pause (Linux does unless net.ipv4.tcp_slow_start_after_idle is 0: set it so on every node).
 - What codecs do to the loss was measured on a model of 2 million parameters ([quality.md](quality.md)): a guide only.
-- "Not yet run": schedules and replicas that the planner and the simulator know, and stages do not run yet.
+- "Not yet run": replicas, which the planner and the simulator know, and stages do not run yet.
 """
 
 

@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.events import encode
 from orchestrator.fleet import Crew
 from orchestrator.planner.build import Workload
-from orchestrator.planner.choices import EXECUTED_SCHEDULES, PlanConfig
+from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig
 from orchestrator.planner.explain import explained_plan
 from orchestrator.planner.plan import make_plan
 from orchestrator.runfolder import RunFolder, write_atomic
@@ -93,18 +93,13 @@ def workload(config: RunConfig) -> Workload:
     return Workload(
         model=config.model,
         batch=config.batch,
-        schedule=config.plan.schedule or EXECUTED_SCHEDULES[0],
+        schedule=config.plan.schedule or CHOSEN_SCHEDULES[0],
         activation_checkpointing=config.train.activation_checkpointing,
     )
 
 
 def require_executed(config: PlanConfig) -> None:
     """Raise PlanError for what can be planned and simulated, but not yet run."""
-    if config.schedule not in (None, *EXECUTED_SCHEDULES):
-        raise PlanError(
-            f"stages do not run plan.schedule={config.schedule} yet; isthmus plan and isthmus simulate know it",
-            f"set plan.schedule to {' or '.join(EXECUTED_SCHEDULES)}, or leave it out",
-        )
     if config.max_replicas > 1:
         raise PlanError(
             f"a stage runs on one node yet, and plan.max_replicas is {config.max_replicas}; isthmus plan and isthmus "

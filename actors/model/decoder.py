@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from actors.model.put_off import Linear, PutOff
 from actors.model.spec import ModelSpec
 
 # A target that counts neither in the loss nor in the number of targets.
@@ -83,6 +84,14 @@ class DecoderStage(nn.Module):
                 hidden_BTD = block(hidden_BTD, rotation_TK, mask_B1TT)
         return self.lm_head(self.norm(hidden_BTD)) if self.is_last else hidden_BTD
 
+    def put_off_weight_gradients(self) -> PutOff:
+        """Let backwards put off the blocks' weight gradients, and return where they do; those of the ends are not."""
+        put_off = PutOff()
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.put_off = put_off
+        return put_off
+
     def named_global_parameters(self) -> dict[str, nn.Parameter]:
         """Return this stage's parameters by their name in the whole model, in the model's own order."""
         return {
@@ -124,10 +133,10 @@ class Attention(nn.Module):
         self.head_size = spec.head_size
         self.queries_per_kv = spec.num_heads // spec.num_kv_heads
         kv_size = spec.num_kv_heads * spec.head_size
-        self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
-        self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
+        self.q_proj = Linear(spec.hidden_size, spec.hidden_size)
+        self.k_proj = Linear(spec.hidden_size, kv_size)
+        self.v_proj = Linear(spec.hidden_size, kv_size)
+        self.o_proj = Linear(spec.hidden_size, spec.hidden_size)
 
     def forward(self, hidden_BTD: Tensor, rotation_TK: Rotation, mask_B1TT: Tensor | None) -> Tensor:
         q_BHTK = rotate(self._heads(self.q_proj(hidden_BTD)), rotation_TK)
@@ -154,9 +163,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=False)
-        self.down_proj = nn.Linear(spec.ffn_size, spec.hidden_size, bias=False)
+        self.gate_proj = Linear(spec.hidden_size, spec.ffn_size)
+        self.up_proj = Linear(spec.hidden_size, spec.ffn_size)
+        self.down_proj = Linear(spec.ffn_size, spec.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))

@@ -15,8 +15,8 @@ from actors.settings import BatchSpec
 from actors.spec import ScheduleName
 from orchestrator.planner.objective import Limits, Objective
 
-# What stages run today; the other schedules are planned and simulated.
-EXECUTED_SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+# The schedules that a plan is chosen from, the plainest first. GPipe is not: bdp is as fast with less in flight.
+CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "bdp", "bdp-split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class PlanConfig:
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None
-    # None: whichever is faster of those that stages run. bdp and bdp-split can be planned and simulated, not yet run.
+    # gpipe, 1f1b, bdp or bdp-split; None: whichever is fastest of all but gpipe.
     schedule: ScheduleName | None = None
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None

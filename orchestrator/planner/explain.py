@@ -148,8 +148,11 @@ def _changes(option: Option, limits: Limits) -> Iterator[_WhatIf]:
         )
         yield _WhatIf(f"twice the rate between {names}", 0.0, doubled, limits)
     if binding.kind == "round trip":
-        room = replace(problem, memory_bytes_N=2 * problem.memory_bytes_N, schedule="gpipe")
-        yield _WhatIf("twice the memory, with plan.schedule=gpipe", 0.0, room, limits)
+        if problem.schedule == "1f1b":
+            yield _WhatIf("plan.schedule=bdp", 0.0, replace(problem, schedule="bdp"), limits)
+        else:
+            room = replace(problem, memory_bytes_N=2 * problem.memory_bytes_N)
+            yield _WhatIf("twice the memory", 0.0, room, limits)
 
 
 def _with_node(option: Option, card: NodeCard) -> Problem:

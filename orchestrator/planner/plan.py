@@ -16,7 +16,7 @@ from actors.settings import WireConfig
 from actors.spec import Plan, ScheduleName
 from orchestrator.planner.assemble import Option, plan_of
 from orchestrator.planner.build import Workload, make_problem
-from orchestrator.planner.choices import EXECUTED_SCHEDULES, PlanConfig, allowed_fleet, limits_of
+from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, allowed_fleet, limits_of
 from orchestrator.planner.codecs import LADDER, CodecPair, choose_codecs
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.large import default_large_evaluations, plan_large
@@ -115,7 +115,7 @@ def even_split(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
 
 def _options(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, limits: Limits) -> Iterator[Option]:
     """Yield placements to choose from, the plainest first."""
-    schedules: Sequence[ScheduleName] = EXECUTED_SCHEDULES if config.schedule is None else (config.schedule,)
+    schedules: Sequence[ScheduleName] = CHOSEN_SCHEDULES if config.schedule is None else (config.schedule,)
     for batch in config.batches(work.batch):
         for schedule in schedules:
             this = replace(work, batch=batch, schedule=schedule)

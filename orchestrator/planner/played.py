@@ -14,7 +14,7 @@ from itertools import accumulate, islice, pairwise
 import numpy as np
 
 from actors.list_schedule import Limits as Windows
-from actors.list_schedule import list_schedule
+from actors.list_schedule import dispatched
 from actors.play import PipelineTimes, play
 from actors.schedule import Action, stage_actions
 from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s
@@ -41,10 +41,10 @@ def played_step_s(problem: Problem, placement: Placement, found: Evaluation) -> 
         )
         played_s = play(orders, times).step_s
     else:
-        # What is put off counts as in flight, as memory is counted.
+        # What is put off counts as in flight, as memory is counted and stages have it.
         in_flight_S = tuple(in_flight for (in_flight,) in found.in_flight_SR)
         limits = Windows(in_flight_S=in_flight_S, held_S=in_flight_S)
-        played_s = list_schedule(problem.schedule, times, num_microbatches, limits).timings.step_s
+        played_s = dispatched(problem.schedule, times, num_microbatches, limits).timings.step_s
     step_s = float(played_s) + found.sync_s + found.commit_s
     # A way that several links share is not played.
     is_shared = bool(np.isfinite(problem.shared_bytes_per_s_PP).any() or problem.uplink_byte_s_N.any())

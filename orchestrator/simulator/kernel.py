@@ -39,12 +39,13 @@ class Layout(NamedTuple):
     # Node u has the microbatches own_O[own_U[u] : own_U[u + 1]], in order.
     own_U: Ints
     own_O: Ints
-    # A node does what its order says, line by line; where it has none, whatever is ready: backward first, then forward
-    # while fewer than cap_U microbatches are in flight, then what makes weight gradients.
+    # A node does what its order says, line by line; where it has none, whatever is ready: forward while fewer than
+    # cap_U microbatches are in flight and backward, the one or the other first, then what makes weight gradients.
     order_U: Ints
     order_op_O: Ints
     order_microbatch_O: Ints
     cap_U: Ints
+    forward_first: bool
     is_split: bool
     # When a node may begin: its order is there, the step before is committed.
     begin_s_U: Floats
@@ -297,7 +298,7 @@ def _choose(
         op, m = int(layout.order_op_O[line]), int(layout.order_microbatch_O[line])
         return (op, m) if _is_ready(op, stage, m, usable_s_DSM, end_s_ASM) else (-1, -1)
     first_own, num_own = layout.own_U[u], layout.own_U[u + 1] - layout.own_U[u]
-    for op in (BACKWARD, FORWARD, WEIGHT):
+    for op in (FORWARD, BACKWARD, WEIGHT) if layout.forward_first else (BACKWARD, FORWARD, WEIGHT):
         if op == FORWARD and in_flight_U[u] >= layout.cap_U[u]:
             continue
         if next_AU[op, u] >= num_own or (op == WEIGHT and not layout.is_split):

@@ -185,6 +185,8 @@ def make_layout(
         order_op_O=order_op_O,
         order_microbatch_O=order_microbatch_O,
         cap_U=lineup.caps(in_flight_S),
+        # As actors.dispatch has it; replicas under 1F1B are nearer to it the other way.
+        forward_first=problem.schedule in ("bdp", "bdp-split"),
         is_split=lineup.is_split,
         begin_s_U=begin_s_U,
         pair_SM=pair_SM,

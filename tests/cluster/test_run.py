@@ -54,8 +54,9 @@ def after_steps(config: RunConfig, count: int) -> Callable[[], bool]:
     return lambda: events.exists() and len(read_history(events).steps) >= count
 
 
-def test_three_stages_equal_the_plain_loop(tmp_path: Path, ray_address: str, reference: Trained) -> None:
-    config = small_config(tmp_path, f"train.steps={STEPS}", "plan.stages=3", "plan.schedule=gpipe")
+@pytest.mark.parametrize("schedule", ["gpipe", "bdp-split"])
+def test_three_stages_equal_the_plain_loop(tmp_path: Path, ray_address: str, reference: Trained, schedule: str) -> None:
+    config = small_config(tmp_path, f"train.steps={STEPS}", "plan.stages=3", f"plan.schedule={schedule}")
     result = drive(config, ray_address)
     assert_equal_to(reference, result)
     history = history_of(result)

@@ -367,6 +367,40 @@ def test_the_deadline_names_the_peer_the_frame_and_the_remedy(mailbox: Mailbox) 
     assert "timeouts.frame_s" in caught.value.remedy
 
 
+def test_whatever_comes_first_ends_a_wait_for_several(mailbox: Mailbox) -> None:
+    wanted = [(Kind.ACTIVATION, 0), (Kind.GRADIENT, 0)]
+    assert not mailbox.has(Kind.GRADIENT, 0)
+    begun = threading.Event()
+
+    def monotonic() -> float:
+        begun.set()
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(mailbox.wait_for_any, wanted, timeout_s=20.0, monotonic=monotonic)
+        assert begun.wait(20)
+        # Not wanted yet.
+        offer_all(mailbox, header_of(1))
+        assert offer_all(mailbox, header_of(0, kind=Kind.GRADIENT)) == ACCEPTED
+        waiting.result(20)
+    assert mailbox.has(Kind.GRADIENT, 0)
+    assert not mailbox.has(Kind.ACTIVATION, 0)
+    assert torch.equal(take_now(mailbox, 0, Kind.GRADIENT), tensor_of(0, kind=Kind.GRADIENT))
+
+
+def test_a_wait_for_several_names_them_all_and_ends_with_the_step(mailbox: Mailbox) -> None:
+    seconds = count(0, 60)
+    wanted = [(Kind.ACTIVATION, 2), (Kind.GRADIENT, 1)]
+    with pytest.raises(PeerTimeout, match=r"ACTIVATION of microbatch 2.* from stage 0 and for GRADIENT .*from stage 2"):
+        mailbox.wait_for_any(wanted, timeout_s=45.0, monotonic=lambda: next(seconds))
+    mailbox.fail(2, PeerLost("stage 2 on node-2 is gone"))
+    with pytest.raises(PeerLost, match="node-2"):
+        mailbox.has(Kind.ACTIVATION, 0)
+    mailbox.abort(2)
+    with pytest.raises(StepAborted):
+        mailbox.wait_for_any(wanted, timeout_s=45.0, monotonic=time.monotonic)
+
+
 def test_many_senders_and_one_taker(mailbox: Mailbox) -> None:
     """Four threads send all chunks of a step, each in an order of its own, until none is BUSY."""
     chunks = [chunk for microbatch in range(NUM_MICROBATCHES) for chunk in chunks_of(header_of(microbatch))]

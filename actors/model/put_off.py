@@ -1,0 +1,97 @@
+"""Linear layers whose weight gradients may be made later than the gradients of their inputs.
+
+A backward is then two halves (zero bubble, Qi et al., arXiv 2401.10241): the first makes what the stage before waits
+for, the second is one matrix product for each layer, put off until there is time. The same products as autograd's,
+added in the same order, so weights' gradients are the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PutOff:
+    """What the layers of one stage put off while it is open: a weight, its input and its output's gradient."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[nn.Parameter, Tensor, Tensor]] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._parts is not None
+
+    def open(self) -> None:
+        """From now on weight gradients are put off."""
+        self._parts = []
+
+    def close(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """Return what was put off since it was opened."""
+        parts, self._parts = self._parts, None
+        assert parts is not None, "it was not open"
+        return parts
+
+    def add(self, weight: nn.Parameter, input_XI: Tensor, grad_XO: Tensor) -> None:
+        assert self._parts is not None, "it is not open"
+        self._parts.append((weight, input_XI, grad_XO))
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; `put_off`, where a stage sets it, takes its weight gradients while it is open."""
+
+    put_off: PutOff | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.put_off is None or not torch.is_grad_enabled():
+            return super().forward(input)
+        return _Apart.apply(input, self.weight, self.put_off)  # pyright: ignore[reportReturnType]
+
+
+class _Apart(torch.autograd.Function):
+    """A matrix product whose two gradients are made apart."""
+
+    @staticmethod
+    def forward(ctx: Any, input_BTI: Tensor, weight_OI: nn.Parameter, put_off: PutOff) -> Tensor:
+        device_type = input_BTI.device.type
+        ctx.put_off, ctx.weight = put_off, weight_OI
+        cast_OI = weight_OI
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            input_BTI, cast_OI = input_BTI.to(dtype), weight_OI.to(dtype)
+        ctx.save_for_backward(input_BTI, cast_OI)
+        return functional.linear(input_BTI, cast_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad_BTO,) = grads
+        input_BTI, cast_OI = ctx.saved_tensors
+        grad_XO, input_XI = grad_BTO.flatten(0, -2), input_BTI.flatten(0, -2)
+        grad_BTI = None
+        if ctx.needs_input_grad[0]:
+            grad_BTI = grad_XO.mm(cast_OI).unflatten(0, grad_BTO.shape[:-1])
+        if ctx.put_off.is_open:
+            ctx.put_off.add(ctx.weight, input_XI, grad_XO)
+            return grad_BTI, None, None
+        return grad_BTI, weight_gradient(input_XI, grad_XO).to(ctx.weight.dtype), None
+
+
+def weight_gradient(input_XI: Tensor, grad_XO: Tensor) -> Tensor:
+    """Return a linear layer's weight gradient, [O, I], as autograd makes it."""
+    return grad_XO.t().mm(input_XI)
+
+
+def add_gradients(parts: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+    """Make the weight gradients that were put off and add each to what its weight has."""
+    with torch.no_grad():
+        for weight, input_XI, grad_XO in parts:
+            grad_OI = weight_gradient(input_XI, grad_XO).to(weight.dtype)
+            if weight.grad is None:
+                weight.grad = grad_OI
+            else:
+                weight.grad += grad_OI
