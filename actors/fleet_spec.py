@@ -96,6 +96,15 @@ class Fleet:
     links: tuple[LinkCard, ...]
     regions: tuple[RegionLink, ...] = ()
 
+    def part(self, nodes: tuple[NodeCard, ...]) -> Fleet:
+        """Return the fleet of some of its nodes, with the links among them and among their regions."""
+        names, regions = {node.node for node in nodes}, {node.region for node in nodes}
+        return Fleet(
+            nodes=nodes,
+            links=tuple(link for link in self.links if link.source in names and link.target in names),
+            regions=tuple(link for link in self.regions if link.source in regions and link.target in regions),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOrder:

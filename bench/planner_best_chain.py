@@ -23,6 +23,7 @@ from orchestrator.planner.tables import (
     DOWNLINK,
     FIRST_BACKWARD,
     FIRST_FORWARD,
+    FRAME,
     GPIPE,
     LAST_BACKWARD,
     LAST_FORWARD,
@@ -133,7 +134,10 @@ def _link_s(tables: Tables, node: int, other: int) -> tuple[float, float, float]
     """Return what binds the pace on a link, as of `_busy_s`, and what it adds to a round trip."""
     p, q, pair_PPF = tables.place_N[node], tables.place_N[other], tables.pair_PPF
     there, back = tables.bytes_LF[0, 0] * pair_PPF[p, q, BYTE], tables.bytes_LF[0, 1] * pair_PPF[q, p, BYTE]
-    away = pair_PPF[p, q, DELAY] + pair_PPF[q, p, DELAY] + there + back
+    node_NF, ways = tables.node_NF, pair_PPF[p, q, DELAY] + pair_PPF[q, p, DELAY]
+    down_s = max(pair_PPF[p, q, FRAME], max(node_NF[node, UPLINK], node_NF[other, DOWNLINK]))
+    up_s = max(pair_PPF[q, p, FRAME], max(node_NF[other, UPLINK], node_NF[node, DOWNLINK]))
+    away = ways + tables.bytes_LF[0, 0] * down_s + tables.bytes_LF[0, 1] * up_s
     if tables.schedule == GPIPE:
         return there, back, away
     return max(there, back), 0.0, away

@@ -7,6 +7,7 @@ one names GPUs of a catalogue, whose times on this model are estimated.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -66,8 +67,12 @@ def load_fleet(path: Path, work: Workload, batches: tuple[BatchSpec, ...]) -> Fl
         raise wrong("a fleet file has a list of nodes")
     unknown = set(document) - {"nodes", "links", "regions", "catalogue"}
     if unknown:
-        raise wrong(f"it has {min(unknown)}, which is not known")
-    catalogue = load_catalogue(Path(document.get("catalogue", CATALOGUE)))
+        raise wrong(f"it has {min(map(str, unknown))}, which is not known")
+    named = document.get("catalogue", str(CATALOGUE))
+    if not isinstance(named, str):
+        raise wrong(f"catalogue is {named}, which names no file")
+    # Beside the fleet file, where it is not absolute.
+    catalogue = load_catalogue(path.parent / named)
     nodes: list[NodeCard] = []
     for entry in document["nodes"]:
         nodes += _nodes(entry, catalogue, work, batches, wrong)
@@ -170,6 +175,8 @@ def _nodes(
         value = entry.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise wrong(f"node {name} has {key}={value}, which is no number")
+        if not math.isfinite(value):
+            raise wrong(f"node {name} has {key}={value}")
         return float(value)
 
     speed = number("speed", 1.0)

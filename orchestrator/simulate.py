@@ -142,7 +142,7 @@ def play_run(scene: Scene, trace: Trace, rules: RunRules, out: Path) -> RunSimul
         del problem, before
         here = tuple(card for card, is_here in zip(scene.fleet.nodes, here_N, strict=True) if is_here)
         try:
-            plan = make_plan(replace(scene.fleet, nodes=here), scene.work, config.wire, scene.replanning)
+            plan = make_plan(scene.fleet.part(here), scene.work, config.wire, scene.replanning)
         except PlanError:
             return None
         return placement_of(plan, scene.fleet)

@@ -92,7 +92,7 @@ class PlanConfig:
         _require_no_cycle(self.after)
 
     def batches(self, batch: BatchSpec) -> tuple[BatchSpec, ...]:
-        """Return the ways to cut a step's sequences into microbatches that may be chosen from."""
+        """Return the ways to cut a step's sequences into microbatches that may be chosen from, batch's own first."""
         if self.microbatch_sizes is None:
             return (batch,)
         sequences = batch.microbatch_size * batch.num_microbatches
@@ -102,9 +102,10 @@ class PlanConfig:
                 f"plan.microbatch_sizes has {uneven[0]}, which does not divide a step's {sequences} sequences",
                 "name divisors of batch.microbatch_size * batch.num_microbatches",
             )
+        own_first = sorted(dict.fromkeys(self.microbatch_sizes), key=lambda size: size != batch.microbatch_size)
         return tuple(
             BatchSpec(seq_len=batch.seq_len, microbatch_size=size, num_microbatches=sequences // size)
-            for size in dict.fromkeys(self.microbatch_sizes)
+            for size in own_first
         )
 
 
@@ -116,10 +117,7 @@ def allowed_fleet(fleet: Fleet, config: PlanConfig) -> Fleet:
     for region in config.regions:
         if region not in there:
             raise PlanError(f"no node is in region {region} of plan.regions", f"the fleet has {', '.join(there)}")
-    nodes = tuple(node for node in fleet.nodes if node.region in config.regions)
-    names = {node.node for node in nodes}
-    links = tuple(link for link in fleet.links if link.source in names and link.target in names)
-    return Fleet(nodes=nodes, links=links, regions=fleet.regions)
+    return fleet.part(tuple(node for node in fleet.nodes if node.region in config.regions))
 
 
 def limits_of(fleet: Fleet, config: PlanConfig, step_tokens: int) -> Limits:

@@ -6,9 +6,11 @@ Written to be read: the searches have faster forms of it, which tests hold to th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
@@ -167,18 +169,42 @@ def round_trips(problem: Problem, placement: Placement, total_SR: list[list[floa
                 for s, n in zip(seconds, placement.nodes[stage], strict=True)
             ]
         if stage + 1 < placement.num_stages:
+            here, there = (_slowest_ways(problem, placement.nodes[stage + end]) for end in (0, 1))
             trip_s += max(
                 problem.delay_s_PP[p, q]
                 + problem.delay_s_PP[q, p]
-                + problem.forward_bytes_L[stage] * problem.byte_s_PP[p, q]
-                + problem.backward_bytes_L[stage] * problem.byte_s_PP[q, p]
-                for p in problem.place_N[list(placement.nodes[stage])]
-                for q in problem.place_N[list(placement.nodes[stage + 1])]
+                + problem.forward_bytes_L[stage] * max(frame_byte_s(problem, p, q), ours.out, theirs.into)
+                + problem.backward_bytes_L[stage] * max(frame_byte_s(problem, q, p), theirs.out, ours.into)
+                for p, ours in here.items()
+                for q, theirs in there.items()
             )
         beyond.append(float(trip_s))
         trip_s += max(seconds)
         trips.append(float(trip_s))
     return trips[::-1], beyond[::-1]
+
+
+def frame_byte_s(problem: Problem, source_place: int, target_place: int) -> float:
+    """Return the seconds of one byte of a frame that is alone on its way, but for its ends' own ways out and in."""
+    shared_bytes_per_s = problem.shared_bytes_per_s_PP[source_place, target_place]
+    return float(max(problem.byte_s_PP[source_place, target_place], 1 / shared_bytes_per_s))
+
+
+class _Ways(NamedTuple):
+    """Seconds of a byte on a node's own way out, and in."""
+
+    out: float
+    into: float
+
+
+def _slowest_ways(problem: Problem, nodes: Sequence[int]) -> dict[int, _Ways]:
+    """Return each place of some nodes with the slowest of their own ways there."""
+    ways: dict[int, _Ways] = {}
+    for node in nodes:
+        own = _Ways(float(problem.uplink_byte_s_N[node]), float(problem.downlink_byte_s_N[node]))
+        place = int(problem.place_N[node])
+        ways[place] = _Ways(*map(max, own, ways.get(place, own)))
+    return ways
 
 
 class _LinkUse:

@@ -30,6 +30,7 @@ from orchestrator.planner.tables import (
     FIXED,
     FLIGHT,
     FORWARD,
+    FRAME,
     GPIPE,
     LAST_BACKWARD,
     LAST_FORWARD,
@@ -260,6 +261,7 @@ def _groups_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float,
     forward_SR, backward_SR, total_SR = scratch.forward_SR, scratch.backward_SR, scratch.total_SR
     pair_PPF, bytes_LF, is_split = tables.pair_PPF, tables.bytes_LF, tables.schedule == BDP_SPLIT
     places_SR, num_places_S = scratch.places_SR, scratch.num_places_S
+    out_SR, into_SR = scratch.out_SR, scratch.into_SR
     list_places(tables, state, scratch)
     trip_s = 0.0
     for stage in range(num_stages - 1, -1, -1):
@@ -286,8 +288,9 @@ def _groups_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float,
                 for j in range(num_places_S[stage + 1]):
                     q = places_SR[stage + 1, j]
                     delays_s = pair_PPF[p, q, DELAY] + pair_PPF[q, p, DELAY]
-                    frames_s = delays_s + forward_bytes * pair_PPF[p, q, BYTE] + backward_bytes * pair_PPF[q, p, BYTE]
-                    slowest_s = max(slowest_s, frames_s)
+                    down_byte_s = max(pair_PPF[p, q, FRAME], max(out_SR[stage, i], into_SR[stage + 1, j]))
+                    up_byte_s = max(pair_PPF[q, p, FRAME], max(out_SR[stage + 1, j], into_SR[stage, i]))
+                    slowest_s = max(slowest_s, delays_s + forward_bytes * down_byte_s + backward_bytes * up_byte_s)
             trip_s += slowest_s
         scratch.trip_S[stage] = trip_s
         split_into(total_SR[stage], counts_S[stage], tables.num_microbatches, scratch.shares_SR[stage])

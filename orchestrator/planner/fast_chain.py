@@ -16,6 +16,7 @@ from orchestrator.planner.tables import (
     FIRST_BACKWARD,
     FIRST_FORWARD,
     FORWARD,
+    FRAME,
     GPIPE,
     LAST_BACKWARD,
     LAST_FORWARD,
@@ -41,7 +42,7 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
     trip_S, stage_s_S, link_s_S = scratch.trip_S, scratch.stage_s_S, scratch.link_s_S
     # Both directions at once but for GPipe, whose phases have a pace of their own.
     trip_s = pace_s = down_s = up_s = 0.0
-    next_place = 0
+    next_place = next_node = 0
     for stage in range(num_stages - 1, -1, -1):
         node, num_layers = members_SR[stage, 0], layers_S[stage]
         place = place_N[node]
@@ -57,7 +58,10 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
             back_s = bytes_LF[stage, BACKWARD] * pair_PPF[next_place, place, BYTE]
             link_s = max(there_s, back_s)
             delays_s = pair_PPF[place, next_place, DELAY] + pair_PPF[next_place, place, DELAY]
-            trip_s += delays_s + there_s + back_s
+            down_byte_s, up_byte_s = pair_PPF[place, next_place, FRAME], pair_PPF[next_place, place, FRAME]
+            down_byte_s = max(down_byte_s, max(node_NF[node, UPLINK], node_NF[next_node, DOWNLINK]))
+            up_byte_s = max(up_byte_s, max(node_NF[next_node, UPLINK], node_NF[node, DOWNLINK]))
+            trip_s += delays_s + bytes_LF[stage, FORWARD] * down_byte_s + bytes_LF[stage, BACKWARD] * up_byte_s
         scratch.beyond_S[stage] = trip_s
         trip_s += seconds - num_layers * node_NF[node, LAYER_WEIGHT] if schedule == BDP_SPLIT else seconds
         uplink, downlink = node_NF[node, UPLINK], node_NF[node, DOWNLINK]
@@ -74,7 +78,7 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
         down_s, up_s = max(down_s, max(forward, there_s)), max(up_s, max(backward, back_s))
         trip_S[stage], stage_s_S[stage], link_s_S[stage] = trip_s, busy_s, link_s
         shares_SR[stage, 0] = num_microbatches
-        next_place = place
+        next_place, next_node = place, node
     if tables.has_shared:
         list_places(tables, state, scratch)
         if schedule == GPIPE:

@@ -79,17 +79,23 @@ def split_into(seconds_R: Floats, num_replicas: int, num_microbatches: int, shar
 
 @inner
 def list_places(tables: Tables, state: State, scratch: Scratch) -> None:
-    """Write which different places each stage has."""
-    place_N, members_SR, counts_S = tables.place_N, state.members_SR, state.counts_S
+    """Write which different places each stage has, and the slowest of its nodes' own ways there."""
+    place_N, members_SR, counts_S, node_NF = tables.place_N, state.members_SR, state.counts_S, tables.node_NF
     slot_P, places_SR, num_places_S = scratch.slot_P, scratch.places_SR, scratch.num_places_S
+    out_SR, into_SR = scratch.out_SR, scratch.into_SR
     for stage in range(state.size[0]):
         num_places = 0
         for replica in range(counts_S[stage]):
-            place = place_N[members_SR[stage, replica]]
-            if slot_P[place] < 0:
-                slot_P[place] = num_places
-                places_SR[stage, num_places] = place
+            node = members_SR[stage, replica]
+            place = place_N[node]
+            slot = slot_P[place]
+            if slot < 0:
+                slot = slot_P[place] = num_places
+                places_SR[stage, slot] = place
+                out_SR[stage, slot] = into_SR[stage, slot] = 0.0
                 num_places += 1
+            out_SR[stage, slot] = max(out_SR[stage, slot], node_NF[node, UPLINK])
+            into_SR[stage, slot] = max(into_SR[stage, slot], node_NF[node, DOWNLINK])
         num_places_S[stage] = num_places
         for slot in range(num_places):
             slot_P[places_SR[stage, slot]] = -1

@@ -17,7 +17,7 @@ from actors.list_schedule import Limits as Windows
 from actors.list_schedule import dispatched
 from actors.play import PipelineTimes, play
 from actors.schedule import Action, stage_actions
-from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s
+from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s, frame_byte_s
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.problem import Placement, Problem
 
@@ -102,12 +102,17 @@ def _times(problem: Problem, placement: Placement) -> PipelineTimes:
     backwards_s = [backward_s(problem, node, *span) for node, span in zip(nodes, spans, strict=True)]
     ends = [(problem.place_N[a], problem.place_N[b]) for a, b in pairwise(nodes)]
     down_L, up_L = problem.forward_bytes_L, problem.backward_bytes_L
+
+    def way_s(source: int, target: int) -> float:
+        own_s = max(problem.uplink_byte_s_N[source], problem.downlink_byte_s_N[target])
+        return max(frame_byte_s(problem, problem.place_N[source], problem.place_N[target]), own_s)
+
     return PipelineTimes(
         forward_s_S=tuple(forward_s(problem, node, *span) for node, span in zip(nodes, spans, strict=True)),
         input_backward_s_S=tuple(whole - part for whole, part in zip(backwards_s, weights_s, strict=True)),
         weight_backward_s_S=tuple(weights_s),
-        send_down_s_L=tuple(float(down_L[link] * problem.byte_s_PP[p, q]) for link, (p, q) in enumerate(ends)),
+        send_down_s_L=tuple(float(down_L[link] * way_s(a, b)) for link, (a, b) in enumerate(pairwise(nodes))),
         delay_down_s_L=tuple(float(problem.delay_s_PP[p, q]) for p, q in ends),
-        send_up_s_L=tuple(float(up_L[link] * problem.byte_s_PP[q, p]) for link, (p, q) in enumerate(ends)),
+        send_up_s_L=tuple(float(up_L[link] * way_s(b, a)) for link, (a, b) in enumerate(pairwise(nodes))),
         delay_up_s_L=tuple(float(problem.delay_s_PP[q, p]) for p, q in ends),
     )

@@ -23,8 +23,8 @@ Counts = NDArray[np.int64]
 # Columns of `node_NF`.
 LAYER_FORWARD, LAYER_BACKWARD, FIRST_FORWARD, FIRST_BACKWARD, LAST_FORWARD, LAST_BACKWARD, LAYER_WEIGHT = range(7)
 MEMORY, LAYER_SAVED, FLIGHT, FIXED, UPLINK, DOWNLINK, PRICE = range(7, 14)
-# Of `pair_PPF`.
-DELAY, BYTE, SHARED = range(3)
+# Of `pair_PPF`; FRAME: seconds of a byte of a frame that is alone on its way.
+DELAY, BYTE, SHARED, FRAME = range(4)
 # Of `bytes_LF`.
 FORWARD, BACKWARD = range(2)
 SCHEDULES = ("gpipe", "1f1b", "bdp", "bdp-split")
@@ -103,9 +103,12 @@ class Scratch(NamedTuple):
     total_SR: Floats
     busy_SR: Floats
     weight_S: Floats
-    # The different places of a stage: how many, which, and of the nodes there the largest and the whole rate.
+    # The different places of a stage: how many, which, and of the nodes there the slowest ways out and in, the largest
+    # and the whole rate.
     num_places_S: Counts
     places_SR: Ints
+    out_SR: Floats
+    into_SR: Floats
     most_SR: Floats
     whole_SR: Floats
     # Where in its stage's list a place stands, or -1.
@@ -137,7 +140,7 @@ def make_tables(problem: Problem) -> Tables:
         problem.downlink_byte_s_N,
         problem.price_N,
     )
-    pairs = (problem.delay_s_PP, problem.byte_s_PP, problem.shared_bytes_per_s_PP)
+    pairs = (problem.delay_s_PP, problem.byte_s_PP, problem.shared_bytes_per_s_PP, _frame_byte_s_PP(problem))
     state = (
         problem.layer_state_bytes,
         problem.first_state_bytes,
@@ -165,10 +168,17 @@ def make_tables(problem: Problem) -> Tables:
 
 def link_seconds(problem: Problem) -> Floats:
     """Return how long a microbatch's frames take from each node to each other and back."""
-    there_s_PP = problem.delay_s_PP + problem.forward_bytes_L[0] * problem.byte_s_PP
-    back_s_PP = problem.delay_s_PP + problem.backward_bytes_L[0] * problem.byte_s_PP
-    places_N = problem.place_N
-    return (there_s_PP + back_s_PP.T)[np.ix_(places_N, places_N)]
+    near = np.ix_(problem.place_N, problem.place_N)
+    own_s_NN = np.maximum(problem.uplink_byte_s_N[:, None], problem.downlink_byte_s_N[None, :])
+    byte_s_NN = np.maximum(_frame_byte_s_PP(problem)[near], own_s_NN)
+    delay_s_NN = problem.delay_s_PP[near]
+    there_s_NN = delay_s_NN + problem.forward_bytes_L[0] * byte_s_NN
+    back_s_NN = delay_s_NN + problem.backward_bytes_L[0] * byte_s_NN
+    return there_s_NN + back_s_NN.T
+
+
+def _frame_byte_s_PP(problem: Problem) -> Floats:
+    return np.maximum(problem.byte_s_PP, 1 / problem.shared_bytes_per_s_PP)
 
 
 def _nearest(problem: Problem) -> Ints:
@@ -258,6 +268,8 @@ def make_scratch(problem: Problem, most_replicas: int) -> Scratch:
         weight_S=floats(stages),
         num_places_S=np.zeros(stages, np.int64),
         places_SR=np.zeros((stages, replicas), np.int32),
+        out_SR=floats(stages, replicas),
+        into_SR=floats(stages, replicas),
         most_SR=floats(stages, replicas),
         whole_SR=floats(stages, replicas),
         slot_P=np.full(places, -1, np.int32),

@@ -50,6 +50,10 @@ def _wrongs(fleet: Fleet) -> Iterator[str]:
                 yield f"{where} names {end}, where no node is (regions: {', '.join(sorted(regions))})"
         if not _is_number(link.shared_mbps) or link.shared_mbps < 0:
             yield f"{where} shares {link.shared_mbps} Mbit/s"
+        if fleet.links and link.shared_mbps:
+            yield (
+                f"{where} has shared_mbps, which is not counted where links of two nodes are given: leave out either"
+            )
 
 
 def _wrongs_of_node(node: NodeCard) -> Iterator[str]:

@@ -120,14 +120,25 @@ class _Wide:
             total_K = total_K - self.layers_K * problem.layer_weight_s_N[self.node_K]
         own_S = self.most(total_K)
         seconds_S = own_S.copy()
-        byte_s, delay_s = problem.byte_s_PP, problem.delay_s_PP + problem.delay_s_PP.T
+        delay_s = problem.delay_s_PP + problem.delay_s_PP.T
+        byte_s = np.maximum(problem.byte_s_PP, 1 / problem.shared_bytes_per_s_PP)
+        out_SP, into_SP = self._slowest(problem.uplink_byte_s_N), self._slowest(problem.downlink_byte_s_N)
         for stages in self._batches():
-            out_s = problem.forward_bytes_L[stages, None, None] * byte_s
-            back_s = problem.backward_bytes_L[stages, None, None] * byte_s.T
-            linked = self.present_SP[stages][:, :, None] & self.present_SP[stages + 1][:, None, :]
+            after = stages + 1
+            ways_s = np.maximum(out_SP[stages][:, :, None], into_SP[after][:, None, :])
+            out_s = problem.forward_bytes_L[stages, None, None] * np.maximum(byte_s, ways_s)
+            ways_s = np.maximum(into_SP[stages][:, :, None], out_SP[after][:, None, :])
+            back_s = problem.backward_bytes_L[stages, None, None] * np.maximum(byte_s.T, ways_s)
+            linked = self.present_SP[stages][:, :, None] & self.present_SP[after][:, None, :]
             seconds_S[stages] += np.where(linked, delay_s + out_s + back_s, 0.0).max(axis=(1, 2))
         trip_S = np.cumsum(seconds_S[::-1])[::-1]
         return trip_S, trip_S - own_S
+
+    def _slowest(self, byte_s_N: Floats) -> Floats:
+        """Return the slowest of each stage's nodes at each place, [S, P]."""
+        slowest_SP = np.zeros(self.count_SP.shape)
+        np.maximum.at(slowest_SP, (self.stage_K, self.place_K), byte_s_N[self.node_K])
+        return slowest_SP
 
     def windows(self, total_K: Floats, trip_S: Floats, pace_s: float) -> np.ndarray:
         problem, count = self.problem, self.problem.num_microbatches

@@ -89,11 +89,15 @@ links:
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_a_measured_fleet_is_read_back_exactly(tmp_path: Path, suffix: str) -> None:
     link = LinkCard(source="a", target="b", delay_s=0.1 + 0.2, rate_mbps=1 / 3)
-    region = RegionLink(source="r", target="r", delay_s=0.0, rate_mbps=7.0, shared_mbps=9.0)
-    fleet = Fleet(nodes=(measured(), measured("b")), links=(link,), regions=(region,))
-    path = tmp_path / f"fleet{suffix}"
-    save_fleet(path, fleet)
-    assert load(path) == fleet
+    region = RegionLink(source="r", target="r", delay_s=0.0, rate_mbps=7.0)
+    shared = replace(region, shared_mbps=9.0)
+    for links, regions in (((link,), (region,)), ((), (shared,))):
+        fleet = Fleet(nodes=(measured(), measured("b")), links=links, regions=regions)
+        path = tmp_path / f"fleet{suffix}"
+        save_fleet(path, fleet)
+        assert load(path) == fleet
+    with pytest.raises(FleetError, match="r -> r has shared_mbps, which is not counted where links of two nodes"):
+        require_sound(Fleet(nodes=(measured(), measured("b")), links=(link,), regions=(shared,)))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -120,6 +124,11 @@ def test_every_example_is_sound(path: Path) -> None:
         ("nodes: [{name: a, gpu: T4, price_per_hour: cheap}]", "which is no number"),
         ("nodes: [{name: a, gpu: T4, losses_per_hour: .nan}]", "losses_per_hour=nan"),
         ("nodes: [{name: a, gpu: T4, memory_gb: 0}]", "memory_bytes=0"),
+        ("nodes: [{name: a, gpu: T4, memory_gb: .nan}]", "memory_gb=nan"),
+        ("nodes: [{name: a, gpu: T4, memory_gb: .inf}]", "memory_gb=inf"),
+        ("nodes: [{name: a, gpu: T4}]\n1: 2\nx: 3", "1, which is not known"),
+        ("nodes: [{name: a, gpu: T4}]\ncatalogue: 5", "catalogue is 5"),
+        ("nodes: [{name: a, gpu: T4}]\ncatalogue: none.yaml", "none.yaml cannot be read"),
         ("nodes: [{name: a, gpu: T4, speed: 0}]", "speed=0"),
         ("nodes: [{name: a, gpu: T4}, {name: a, gpu: T4}]", "two nodes named a"),
         ("nodes: [{name: a, gpu: T4}]\nlinks: [{between: [here, there], delay_ms: 1, rate_mbps: 1}]", "there"),

@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from actors.settings import WireConfig
 from orchestrator.planner.binding import Binding, what_binds
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.objective import Limits
 from orchestrator.planner.played import played_step_s, polished
 from orchestrator.planner.problem import Placement
 from orchestrator.planner.search import search
+from orchestrator.simulator.step import simulate_step
 from tests.planner_problems import random_problem, uniform_problem
 
 FOUR = Placement(bounds=(0, 1, 2, 3, 4), nodes=((0,), (1,), (2,), (3,)))
@@ -95,3 +97,31 @@ def test_polishing_takes_the_last_percents_that_the_closed_form_does_not_see() -
         assert polished(problem, limits, better) == better
         gains.append(before / after - 1)
     assert max(gains) > 0.01
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_narrow_ways_out_and_shared_ones_take_what_the_simulator_says(schedule, shared: bool) -> None:
+    wire = WireConfig(max_window_bytes=1 << 40, window_s=1e6)
+    over = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        num_nodes = int(rng.integers(2, 8))
+        problem = random_problem(
+            seed,
+            num_nodes=num_nodes,
+            num_layers=12,
+            num_microbatches=int(rng.choice([8, 16, 48])),
+            schedule=schedule,
+            shared=shared,
+        )
+        problem = replace(problem, memory_bytes_N=problem.memory_bytes_N * 100)
+        cuts = sorted(rng.choice(np.arange(1, 12), num_nodes - 1, replace=False).tolist())
+        nodes = tuple((int(node),) for node in rng.permutation(num_nodes))
+        chain = Placement(bounds=(0, *cuts, 12), nodes=nodes)
+        found = evaluate(problem, chain)
+        simulated_s = simulate_step(problem, chain, wire).step_s
+        over.append(simulated_s / (played_step_s(problem, chain, found) - found.commit_s))
+    assert np.median(over) == pytest.approx(1.0, abs=0.02)
+    assert min(over) > 0.8
+    assert max(over) < 1.25

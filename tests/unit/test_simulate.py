@@ -87,6 +87,22 @@ def test_nodes_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert read_history(RunFolder(out).events) != first
 
 
+def test_a_run_goes_on_where_a_linked_node_or_the_last_of_a_region_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = RegionLink(source="north", target="north", delay_s=0.01, rate_mbps=100)
+    far = RegionLink(source="north", target="south", delay_s=0.05, rate_mbps=100)
+    cards = (card(0), card(1), card(2, region="south", losses_per_hour=20.0))
+    link = LinkCard(source="node-1", target="node-2", delay_s=0.02, rate_mbps=50)
+    for links in ((), (link,)):
+        source = saved(tmp_path, Fleet(nodes=cards, links=links, regions=(near, far)))
+        out = tmp_path / f"out-{len(links)}"
+        words = [*WORDS, "plan.stages=2", "--hours", "2", "--out", str(out)]
+        assert main(["simulate", str(source), *words]) == 0
+        said = capsys.readouterr().out
+        assert "planned anew" in said
+
+
 @pytest.mark.parametrize(
     "fleet",
     [
