@@ -86,9 +86,9 @@ def _alternatives(plan: Plan) -> Table:
             continue
         table.add_row(
             other.name,
-            f"{other.step_s:.2f} s",
+            f"{_digits(other.step_s)} s",
             f"{other.tokens_per_s:,.0f}",
-            f"{other.dollars_per_mtoken:.2f}",
+            _digits(other.dollars_per_mtoken),
             f"{plan.step_s / other.step_s:.2f}x as fast",
         )
     return table
@@ -97,13 +97,13 @@ def _alternatives(plan: Plan) -> Table:
 def _summary(plan: Plan, fleet: Fleet) -> list[str]:
     even = "an even split does not fit"
     if not math.isnan(plan.even_step_s):
-        even = f"{plan.even_step_s:.2f} s with an even split, {plan.even_step_s / plan.step_s:.2f}x"
+        even = f"{_digits(plan.even_step_s)} s with an even split, {plan.even_step_s / plan.step_s:.2f}x"
     lines = [
         f"schedule {plan.schedule}, {plan.num_microbatches} microbatches of {plan.microbatch_size} sequences, step "
-        f"{plan.step_s:.2f} s expected ({even}), {plan.tokens_per_s:,.0f} tokens/s",
-        f"of a step {plan.fill_s:.2f} s fill the pipeline, {plan.sync_s:.2f} s average replicas, {plan.commit_s:.3f} s "
-        "commit",
-        f"${plan.dollars_per_hour:.2f} an hour, ${plan.dollars_per_mtoken:.2f} per million tokens",
+        f"{_digits(plan.step_s)} s expected ({even}), {plan.tokens_per_s:,.0f} tokens/s",
+        f"of a step {_digits(plan.fill_s)} s fill the pipeline, {_digits(plan.sync_s)} s average replicas, "
+        f"{_digits(plan.commit_s)} s commit",
+        f"${_digits(plan.dollars_per_hour)} an hour, ${_digits(plan.dollars_per_mtoken)} per million tokens",
         f"what binds: {plan.binds}",
     ]
     if not math.isnan(plan.loss_share):
@@ -111,8 +111,8 @@ def _summary(plan: Plan, fleet: Fleet) -> list[str]:
     if not math.isnan(plan.bound_tokens_per_s):
         gap = 1 - plan.tokens_per_s / plan.bound_tokens_per_s
         lines.append(
-            f"no plan for this fleet exceeds {plan.bound_tokens_per_s:,.0f} tokens/s: this one is within {gap:.1%} of "
-            "that, its fill included"
+            f"no plan for this fleet exceeds {plan.bound_tokens_per_s:,.0f} tokens/s: this one is {gap:.1%} below, its "
+            "fill included"
         )
     cards = {card.node: card for card in fleet.nodes}
     if any(cards[stage.node].estimated for stage in plan.stages):
@@ -124,6 +124,11 @@ def _summary(plan: Plan, fleet: Fleet) -> list[str]:
         lines.append(f"not used: {names}")
     lines += [f"would help: {words}" for words in plan.advice]
     return lines
+
+
+def _digits(value: float) -> str:
+    """Return a figure with two decimals, or two digits where it is small."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _wire_text(link: LinkPlan, frame_bytes: int) -> str:

@@ -19,9 +19,10 @@ from actors.spec import LinkPlan, Plan, StagePlan
 from orchestrator.planner.binding import Binding, what_binds
 from orchestrator.planner.build import BITS_PER_MEGABIT, Workload
 from orchestrator.planner.codecs import CodecPair, loss_share
-from orchestrator.planner.evaluate import Evaluation, compute_s, evaluate, memory_bytes
+from orchestrator.planner.evaluate import Evaluation, compute_s, memory_bytes
 from orchestrator.planner.played import played_step_s
 from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.wide import evaluated
 
 # A stage this much quicker than the slowest one waits most of the time it saves; memory this full leaves no layer more.
 _IDLE_SHARE = 0.15
@@ -40,7 +41,7 @@ class Option:
 
     @cached_property
     def found(self) -> Evaluation:
-        return evaluate(self.problem, self.placement)
+        return evaluated(self.problem, self.placement)
 
     @cached_property
     def step_s(self) -> float:
@@ -110,11 +111,12 @@ def _why(option: Option, found: Evaluation, binding: Binding, stage: int) -> str
     if memory_bytes(problem, node, start, min(stop + 1, problem.num_layers), window) > problem.memory_bytes_N[node]:
         return "memory full"
     busy_s = compute_s(problem, node, start, stop) / len(placement.nodes[stage])
-    if busy_s + float(problem.layer_s_N[node]) / len(placement.nodes[stage]) > found.pace_s:
+    every_s = 1 / found.rate
+    if busy_s + float(problem.layer_s_N[node]) / len(placement.nodes[stage]) > every_s:
         return "one more layer would set the pace"
-    if stop - start == 1 and busy_s < (1 - _IDLE_SHARE) * found.pace_s:
+    if stop - start == 1 and busy_s < (1 - _IDLE_SHARE) * every_s:
         return "one layer, for its place"
-    return f"waits {max(0.0, 1 - busy_s / found.pace_s):.0%} of the time"
+    return f"waits {max(0.0, 1 - busy_s / every_s):.0%} of the time"
 
 
 def _link(option: Option, stage: int) -> LinkPlan:
@@ -160,8 +162,17 @@ def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Se
     stage = binding.stage
     if binding.kind == "stage":
         return f"stage {stage} ({names[stage]})"
+    cards = [option.fleet.nodes[node] for node in binding.nodes]
     if binding.kind == "link":
         return f"link {stage} -> {stage + 1} ({_link(option, stage).rate_mbps:,.0f} Mbit/s)"
+    if binding.kind == "uplink":
+        return f"the uplink of {cards[0].node} ({cards[0].uplink_mbps:,.0f} Mbit/s), stage {stage}"
+    if binding.kind == "downlink":
+        return f"the downlink of {cards[0].node} ({cards[0].downlink_mbps:,.0f} Mbit/s), stage {stage}"
+    if binding.kind == "shared way":
+        p, q = (option.problem.place_N[node] for node in binding.nodes)
+        shared_mbps = 8 * float(option.problem.shared_bytes_per_s_PP[p, q]) / BITS_PER_MEGABIT
+        return f"what {cards[0].region} and {cards[1].region} share ({shared_mbps:,.0f} Mbit/s)"
     last, trip_ms = binding.last, binding.seconds * 1e3
     if last + 1 < len(names):
         return (

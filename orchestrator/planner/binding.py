@@ -1,56 +1,83 @@
-"""What holds a placement back: the stage, link, place pair or round trip that sets its pace.
+"""What holds a placement back: the stage, link, way or round trip that sets its pace.
 
 PURE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Literal
 
 import numpy as np
 
-from orchestrator.planner.evaluate import Evaluation, compute_s, round_trips
+from orchestrator.planner.evaluate import Evaluation, LinkUse, compute_s, dealt, round_trips
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.stretches import slowest_stretch
 
 # How much a thing's own time may fall short of the pace and still be what sets it.
 _CLOSE = 1e-6
+# With more links than this between replicas, what places share is not looked at.
+_MOST_LINKS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """What binds: a stage's compute, the link from a stage to the next, or the round trip from a stage to a later one.
+    """What binds, and at which stage.
 
-    A round trip binds because only `count` microbatches go through in one.
+    A stage's compute; the link from it to the next, between `nodes`; a node's own way out or in, all neighbours
+    counted; what two places share; or the round trip from the stage to a `last` one, in which only `count` microbatches
+    go through.
     """
 
-    kind: Literal["stage", "link", "round trip"]
+    kind: Literal["stage", "link", "uplink", "downlink", "shared way", "round trip"]
     stage: int
-    last: int
-    count: int
     # What it alone would take for a microbatch.
     seconds: float
+    nodes: tuple[int, ...]
+    last: int = -1
+    count: int = 1
 
 
 def what_binds(problem: Problem, placement: Placement, found: Evaluation) -> Binding:
     """Return what sets the pace of a placement."""
     if found.rate < (1 - _CLOSE) / found.pace_s:
         return _slowest_trip(problem, placement, found)
-    stage_s = [
-        1 / sum(1 / compute_s(problem, node, *placement.bounds[stage : stage + 2]) for node in nodes)
-        for stage, nodes in enumerate(placement.nodes)
-    ]
-    slowest = max(range(len(stage_s)), key=stage_s.__getitem__)
-    link_s = [_link_s(problem, placement, stage) for stage in range(placement.num_stages - 1)]
-    # Where no stage explains the pace, a way that several flows share does. GPipe's pace is of two phases, so there the
-    # links themselves decide.
-    is_explained = problem.schedule == "gpipe" or stage_s[slowest] >= found.pace_s * (1 - _CLOSE)
-    if link_s and (max(link_s) > stage_s[slowest] or not is_explained):
-        thinnest = max(range(len(link_s)), key=link_s.__getitem__)
-        return Binding(kind="link", stage=thinnest, last=thinnest + 1, count=1, seconds=link_s[thinnest])
-    return Binding(kind="stage", stage=slowest, last=slowest, count=1, seconds=stage_s[slowest])
+    # The first of equals: what computes before what carries.
+    return max(_candidates(problem, placement), key=lambda one: one.seconds * (1 + _CLOSE * (one.kind == "stage")))
+
+
+def _candidates(problem: Problem, placement: Placement) -> Iterator[Binding]:
+    """Yield all that a microbatch keeps busy, each with its seconds."""
+    use = LinkUse(problem, placement, True, True)
+    busy_SR: list[list[float]] = []
+    for stage, nodes in enumerate(placement.nodes):
+        seconds = [compute_s(problem, node, *placement.bounds[stage : stage + 2]) for node in nodes]
+        yield Binding(kind="stage", stage=stage, seconds=1 / sum(1 / s for s in seconds), nodes=nodes)
+        own = [use.own_s(stage, node) for node in nodes]
+        busy_SR.append([max(pair) for pair in zip(seconds, own, strict=True)])
+        slowest = max(range(len(nodes)), key=own.__getitem__)
+        if own[slowest] > seconds[slowest]:
+            sent_s, _ = use.ways_s(stage, nodes[slowest])
+            together_s = 1 / sum(1 / s for s in busy_SR[-1])
+            kind = "uplink" if sent_s == own[slowest] else "downlink"
+            yield Binding(kind=kind, stage=stage, seconds=together_s, nodes=(nodes[slowest],))
+    for stage, pair in enumerate(pairwise(placement.nodes)):
+        # Replicas share the link by their speeds; what is left of it is the best pair's.
+        source, target = min(product(*pair), key=lambda ends: use.edge_s(stage, *ends))
+        yield Binding(kind="link", stage=stage, seconds=use.edge_s(stage, source, target), nodes=(source, target))
+    is_shared = bool(np.isfinite(problem.shared_bytes_per_s_PP).any())
+    num_links = sum(len(here) * len(there) for here, there in pairwise(placement.nodes))
+    if is_shared and 0 < num_links <= _MOST_LINKS:
+        fractions = dealt(placement, busy_SR)
+        seconds_PP = use.shared_s_PP(fractions)
+        p, q = np.unravel_index(int(seconds_PP.argmax()), seconds_PP.shape)
+        for stage, source, target, _ in fractions:
+            if {int(problem.place_N[source]), int(problem.place_N[target])} == {int(p), int(q)}:
+                seconds = float(seconds_PP[p, q])
+                yield Binding(kind="shared way", stage=stage, seconds=seconds, nodes=(source, target))
+                break
 
 
 def _slowest_trip(problem: Problem, placement: Placement, found: Evaluation) -> Binding:
@@ -74,20 +101,13 @@ def _slowest_trip(problem: Problem, placement: Placement, found: Evaluation) -> 
                 last=stretch.last,
                 count=stretch.count,
                 seconds=stretch.seconds,
+                nodes=placement.nodes[stretch.first],
             )
-    return Binding(kind="round trip", stage=stage, last=last, count=held[stage], seconds=trip_S[stage])
-
-
-def _link_s(problem: Problem, placement: Placement, stage: int) -> float:
-    """Return how long a microbatch keeps the link to the next stage busy, in its busier direction, on the best pair.
-
-    With what the pair of places shares among all flows of the pipeline counted in.
-    """
-    byte_s_PP = np.maximum(problem.byte_s_PP, 1 / problem.shared_bytes_per_s_PP)
-
-    def busy_s(source: int, target: int) -> float:
-        p, q = problem.place_N[source], problem.place_N[target]
-        down, up = problem.forward_bytes_L[stage] * byte_s_PP[p, q], problem.backward_bytes_L[stage] * byte_s_PP[q, p]
-        return float(max(down, up))
-
-    return min(busy_s(*pair) for pair in product(placement.nodes[stage], placement.nodes[stage + 1]))
+    return Binding(
+        kind="round trip",
+        stage=stage,
+        last=last,
+        count=held[stage],
+        seconds=trip_S[stage],
+        nodes=placement.nodes[stage],
+    )

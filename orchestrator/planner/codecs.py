@@ -1,8 +1,8 @@
 """Which codec each link carries, within what the loss may rise.
 
-PURE. Links start with the mildest pair; the one that holds the step up most gets the next smaller pair, while the
-budget lasts. What a pair costs was measured (docs/quality.md: three links, a small model): costs are taken to add up
-over links, and to be at least what the measurement can tell from nothing.
+PURE. Links start without a codec; the one that holds the step up most gets the next smaller pair, while the budget
+lasts. What a pair costs was measured (docs/quality.md: three links, a small model): costs are taken to add up over
+links, and to be at least what the measurement can tell from nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ class CodecCost:
     loss_share: float
 
 
-# Mildest first; shares of `python -m bench.quality` (bench/results/quality.json) divided by its three links.
+# Mildest first; shares of `python -m bench.quality` (bench/results/quality.json) divided by its three links. Without a
+# codec nothing is lost.
 LADDER = (
+    CodecCost(pair=("none", "none"), loss_share=0.0),
     CodecCost(pair=("q8", "q8"), loss_share=0.0004 / 3),
     CodecCost(pair=("q8", "hq4-stochastic"), loss_share=0.0016 / 3),
     CodecCost(pair=("hq4", "q8"), loss_share=0.0304 / 3),
@@ -36,7 +38,7 @@ def choose_codecs(
     """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most.
 
     Greedy: of all single steps down the ladder that the budget allows, and of all links at once, the one that shortens
-    the step most is taken, until none does. With a budget below the mildest pair's cost all links have that pair.
+    the step most is taken, until none does.
     """
     rungs = [0] * num_links
 
@@ -63,5 +65,5 @@ def choose_codecs(
 
 def loss_share(pairs: Sequence[CodecPair]) -> float | None:
     """Return by which share these links raise the held-out loss, as measured; None where a pair was not measured."""
-    costs = {cost.pair: cost.loss_share for cost in LADDER} | {("none", "none"): 0.0}
+    costs = {cost.pair: cost.loss_share for cost in LADDER}
     return sum(costs[pair] for pair in pairs) if all(pair in costs for pair in pairs) else None

@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.list_schedule import IN_FLIGHT_MARGIN
 from orchestrator.planner.flow import max_flow
-from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.problem import Floats, Placement, Problem
 from orchestrator.planner.stretches import slowest_stretch
 
 # A link binds where the flow through links falls short of what the stages alone would do by more than rounding.
@@ -103,11 +103,11 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
     shares = tuple(split_microbatches(seconds, problem.num_microbatches) for seconds in total_SR)
     trip_S, beyond_S = round_trips(problem, placement, total_SR)
     if problem.schedule == "gpipe":
-        down = _pace(_LinkUse(problem, placement, True, False), forward_SR, shares)
-        up = _pace(_LinkUse(problem, placement, False, True), backward_SR, shares)
+        down = _pace(LinkUse(problem, placement, True, False), forward_SR, shares)
+        up = _pace(LinkUse(problem, placement, False, True), backward_SR, shares)
         more_s, pace_s = down[0] + up[0], down[1] + up[1]
     else:
-        more_s, pace_s = _pace(_LinkUse(problem, placement, True, True), total_SR, shares)
+        more_s, pace_s = _pace(LinkUse(problem, placement, True, True), total_SR, shares)
     windows = _windows(problem, placement, total_SR, trip_S, pace_s)
     rate = 1 / pace_s
     held_SR = [[min(pair) for pair in zip(*stage, strict=True)] for stage in zip(windows, shares, strict=True)]
@@ -207,7 +207,7 @@ def _slowest_ways(problem: Problem, nodes: Sequence[int]) -> dict[int, _Ways]:
     return ways
 
 
-class _LinkUse:
+class LinkUse:
     """What one microbatch takes of links and of nodes' own ways out and in, in the directions that count."""
 
     def __init__(self, problem: Problem, placement: Placement, down: bool, up: bool) -> None:
@@ -222,23 +222,32 @@ class _LinkUse:
         return float(max(self.down_L[stage] * byte_s[p, q], self.up_L[stage] * byte_s[q, p]))
 
     def own_s(self, stage: int, node: int) -> float:
-        """Return how long a node's own way out or in is busy for one microbatch."""
+        """Return how long the busier of a node's own ways is busy for one microbatch."""
+        return max(self.ways_s(stage, node))
+
+    def ways_s(self, stage: int, node: int) -> tuple[float, float]:
+        """Return how long a node's own way out and its way in are busy for one microbatch."""
         has_next, has_previous = stage + 1 < self.placement.num_stages, stage > 0
         sent = has_next * self.down_L[stage] + (self.up_L[stage - 1] if has_previous else 0.0)
         taken = has_next * self.up_L[stage] + (self.down_L[stage - 1] if has_previous else 0.0)
-        return float(max(sent * self.problem.uplink_byte_s_N[node], taken * self.problem.downlink_byte_s_N[node]))
+        problem = self.problem
+        return float(sent * problem.uplink_byte_s_N[node]), float(taken * problem.downlink_byte_s_N[node])
 
     def shared_s(self, fractions: list[tuple[int, int, int, float]]) -> float:
         """Return how long the busiest pair of places is busy for one microbatch of which these fractions go where."""
+        return float(self.shared_s_PP(fractions).max())
+
+    def shared_s_PP(self, fractions: list[tuple[int, int, int, float]]) -> Floats:
+        """Return how long each pair of places is busy, as `shared_s`."""
         load_PP = np.zeros_like(self.problem.delay_s_PP)
         for stage, source, target, fraction in fractions:
             p, q = self.problem.place_N[source], self.problem.place_N[target]
             load_PP[p, q] += fraction * self.down_L[stage]
             load_PP[q, p] += fraction * self.up_L[stage]
-        return float((load_PP / self.problem.shared_bytes_per_s_PP).max())
+        return load_PP / self.problem.shared_bytes_per_s_PP
 
 
-def _pace(use: _LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
+def _pace(use: LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
     """Return the seconds that a step takes beyond its first microbatch, and the seconds a microbatch in the long run.
 
     Where stages bind, by whole microbatches a replica; where links bind, by the largest flow through nodes and links
@@ -260,22 +269,27 @@ def _pace(use: _LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int,
     return more_s, pace_s
 
 
-def _dealt_s(use: _LinkUse, busy_SR: list[list[float]]) -> float:
-    """Return the seconds a microbatch where a part goes from each node to each of the next stage's, by their speeds."""
-    nodes = use.placement.nodes
+def dealt(placement: Placement, busy_SR: list[list[float]]) -> list[tuple[int, int, int, float]]:
+    """Return which part goes over each link, as stage and nodes, where parts go by the speeds of both ends."""
+    nodes = placement.nodes
     part_SR = [[1 / s / sum(1 / other for other in busy) for s in busy] for busy in busy_SR]
-    fractions = [
+    return [
         (stage, source, target, ours * theirs)
         for stage in range(len(nodes) - 1)
         for source, ours in zip(nodes[stage], part_SR[stage], strict=True)
         for target, theirs in zip(nodes[stage + 1], part_SR[stage + 1], strict=True)
     ]
+
+
+def _dealt_s(use: LinkUse, busy_SR: list[list[float]]) -> float:
+    """Return the seconds a microbatch where a part goes from each node to each of the next stage's, by their speeds."""
+    fractions = dealt(use.placement, busy_SR)
     slowest_s = max(1 / sum(1 / s for s in busy) for busy in busy_SR)
     edge_s = max((part * use.edge_s(*link) for *link, part in fractions), default=0.0)
     return max(slowest_s, edge_s, use.shared_s(fractions))
 
 
-def _flow_s(use: _LinkUse, busy_SR: list[list[float]]) -> float:
+def _flow_s(use: LinkUse, busy_SR: list[list[float]]) -> float:
     """Return the seconds a microbatch of the largest flow through nodes and links."""
     nodes = use.placement.nodes
     links = [(s, i, j) for s in range(len(nodes) - 1) for i in range(len(nodes[s])) for j in range(len(nodes[s + 1]))]

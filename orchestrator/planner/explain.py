@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -18,23 +19,24 @@ from orchestrator.planner.assemble import Option, plan_of
 from orchestrator.planner.binding import what_binds
 from orchestrator.planner.bound import throughput_bound
 from orchestrator.planner.build import Workload, make_problem
-from orchestrator.planner.choices import PlanConfig, limits_of
+from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, limits_of
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.plan import best_option, codec_sets, even_option, find
 from orchestrator.planner.problem import Problem
 
 _MOST_ADVICE = 3
-_MOST_REGIONS = 8
+# Looked at: regions by themselves, those with the most to compute with first, and kinds of nodes that might be added.
+_MOST_REGIONS, _MOST_KINDS = 4, 6
 # What helps less than this is not worth a line.
 _WORTH_A_LINE = 0.01
-# The budget of each what-if, which starts from the plan itself.
-_EVALUATIONS = 20_000
+# The budgets of each what-if, which starts from the plan itself, and of a region by itself.
+_EVALUATIONS, _REGION_EVALUATIONS = 20_000, 60_000
 
 
 def explained_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
     """Return `make_plan`'s plan with its certified bound, plans to compare it with, and what would help most."""
     option = best_option(fleet, work, wire, config)
-    even = even_option(option, config)
+    even = even_option(option)
     plan = plan_of(option, even_step_s=None if even is None else even.step_s)
     alternatives = () if even is None else (_alternative("even split, same nodes", even),)
     return replace(
@@ -49,8 +51,10 @@ def _bound_tokens_per_s(option: Option, config: PlanConfig) -> float:
     """Return what no plan for this fleet exceeds in the long run, whatever is chosen of all that may be chosen."""
     limits = limits_of(option.fleet, config, option.work.batch.step_tokens)
     rates: list[float] = []
+    # The schedules that are not GPipe have one bound; its two phases have a lower one.
+    schedule = config.schedule or CHOSEN_SCHEDULES[0]
     for batch in config.batches(option.work.batch):
-        work = replace(option.work, batch=batch)
+        work = replace(option.work, batch=batch, schedule=schedule)
         # The last set has the smallest frames that may be used.
         problem = make_problem(option.fleet, work, option.wire, codecs=codec_sets(config)[-1])
         rates.append(throughput_bound(problem, limits).rate * batch.microbatch_tokens)
@@ -68,13 +72,17 @@ def _single_regions(
     option: Option, fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
 ) -> Iterator[Alternative]:
     """Yield the best plan that stays within one region, where the plan itself does not."""
-    regions = list(dict.fromkeys(node.region for node in option.fleet.nodes))
+    speeds: dict[str, float] = {}
+    for node, layer_s in zip(option.fleet.nodes, option.problem.layer_s_N.tolist(), strict=True):
+        speeds[node.region] = speeds.get(node.region, 0.0) + 1 / layer_s
+    regions = sorted(speeds, key=lambda region: -speeds[region])
+    small = replace(config, evaluations=min(_REGION_EVALUATIONS, config.evaluations or _REGION_EVALUATIONS))
     if len({option.fleet.nodes[node].region for node in option.placement.used}) == 1:
         return
     inside: list[tuple[float, str, Option]] = []
     for region in regions[:_MOST_REGIONS]:
         try:
-            best = best_option(fleet, work, wire, replace(config, regions=(region,)))
+            best = best_option(fleet, work, wire, replace(small, regions=(region,)))
         except PlanError:
             # It does not fit there: no alternative.
             continue
@@ -84,7 +92,7 @@ def _single_regions(
         yield _alternative(f"best within one region ({region})", best)
     else:
         yield Alternative(
-            name="within one region: fits in none",
+            name="within one region: no plan",
             step_s=float("nan"),
             tokens_per_s=0.0,
             dollars_per_mtoken=float("nan"),
@@ -104,12 +112,16 @@ class _WhatIf:
 def _advice(option: Option, config: PlanConfig) -> list[str]:
     """Return what would help most: by gain for a dollar an hour where it has a price, the free changes before."""
     limits = limits_of(option.fleet, config, option.work.batch.step_tokens)
-    now = score(option.problem, limits, option.placement)
+    if len(option.placement.used) == option.placement.num_stages:
+        # Replicas that the plan does without are no change to the fleet.
+        limits = replace(limits, max_replicas=1)
+    now = score(option.problem, limits, option.placement, option.found)
     gains: list[tuple[float, str]] = []
     for change in _changes(option, limits):
         small = replace(config, evaluations=min(_EVALUATIONS, config.evaluations or _EVALUATIONS))
         found = find(change.problem, small, change.limits, start=option.placement)
-        gain = now / found.score - 1
+        # A plan that costs nothing cannot cost less.
+        gain = now / found.score - 1 if found.score > 0 else 0.0
         if gain < _WORTH_A_LINE:
             continue
         what = {"throughput": "faster", "dollars": "more tokens for a dollar", "cheapest": "cheaper"}[limits.objective]
@@ -124,29 +136,34 @@ def _changes(option: Option, limits: Limits) -> Iterator[_WhatIf]:
     """Yield one more node of each kind that the fleet has, a binding link of twice the rate, and half the delays."""
     problem = option.problem
     kinds: dict[tuple[str, str], NodeCard] = {}
-    for card in option.fleet.nodes:
+    # Those that the plan uses first.
+    used = [option.fleet.nodes[node] for node in option.placement.used]
+    for card in (*used, *option.fleet.nodes):
         kinds.setdefault((card.device, card.region), card)
     if option.placement.num_stages < problem.num_layers:
-        for (device, region), card in kinds.items():
+        for (device, region), card in islice(kinds.items(), _MOST_KINDS):
             words = f"one more {device} in {region}"
             yield _WhatIf(words, card.price_per_hour, _with_node(option, card), limits)
     binding = what_binds(problem, option.placement, option.found)
-    if binding.kind == "link":
-        source, target = (option.placement.nodes[binding.stage + end][0] for end in (0, 1))
-        p, q = int(problem.place_N[source]), int(problem.place_N[target])
-        faster = problem.byte_s_PP.copy()
-        faster[[p, q], [q, p]] /= 2
-        shared = problem.shared_bytes_per_s_PP.copy()
-        shared[[p, q], [q, p]] *= 2
-        names = f"{option.fleet.nodes[source].node} and {option.fleet.nodes[target].node}"
-        doubled = replace(
-            problem,
-            byte_s_PP=faster,
-            shared_bytes_per_s_PP=shared,
-            uplink_byte_s_N=problem.uplink_byte_s_N / 2,
-            downlink_byte_s_N=problem.downlink_byte_s_N / 2,
+    cards = [option.fleet.nodes[node] for node in binding.nodes]
+    if binding.kind in ("link", "shared way"):
+        p, q = (int(problem.place_N[node]) for node in binding.nodes)
+        faster, shared = problem.byte_s_PP.copy(), problem.shared_bytes_per_s_PP.copy()
+        if binding.kind == "link":
+            faster[[p, q], [q, p]] /= 2
+            words = f"twice the rate between {cards[0].node} and {cards[1].node}"
+        else:
+            shared[[p, q], [q, p]] *= 2
+            words = f"twice what {cards[0].region} and {cards[1].region} share"
+        yield _WhatIf(words, 0.0, replace(problem, byte_s_PP=faster, shared_bytes_per_s_PP=shared), limits)
+    if binding.kind in ("uplink", "downlink"):
+        own = np.where(np.arange(problem.num_nodes) == binding.nodes[0], 0.5, 1.0)
+        doubled = (
+            replace(problem, uplink_byte_s_N=own * problem.uplink_byte_s_N)
+            if binding.kind == "uplink"
+            else replace(problem, downlink_byte_s_N=own * problem.downlink_byte_s_N)
         )
-        yield _WhatIf(f"twice the rate between {names}", 0.0, doubled, limits)
+        yield _WhatIf(f"twice the {binding.kind} of {cards[0].node}", 0.0, doubled, limits)
     if binding.kind == "round trip":
         if problem.schedule == "1f1b":
             yield _WhatIf("plan.schedule=bdp", 0.0, replace(problem, schedule="bdp"), limits)

@@ -25,11 +25,19 @@ from orchestrator.planner.played import polished
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.search import in_order, search
 from orchestrator.planner.shortage import may_fit, no_fit
+from orchestrator.planner.shortlist import found_in_part, limits_of_part, part_of, shortlist
 from orchestrator.planner.validate import require_sound
+from orchestrator.planner.wide import evaluated
 
-# Fleets of up to this many nodes are searched node by node, larger ones by classes of nodes; where stages may have
-# replicas, of more than the fewer both, the search from where the classes led.
+# Fleets of up to this many nodes are searched node by node, and so are as many of a larger one for one node a stage.
+# Where stages may have replicas, fleets from the fewer up are planned for by classes of nodes.
 MAX_SEARCHED_NODES, MIN_CLASSED_NODES = 200, 65
+# Of a large fleet's plans: replicas a stage to be tried besides as many as are allowed; how many placements a change is
+# worth, and the fewest changes.
+_REPLICA_CAPS = (2, 8, 32)
+_LOOKS_A_CHANGE, _MIN_CHANGES = 20, 500
+# Plans for described fleets that are nearer to each other than this are as good, and the plainest is taken.
+_TIE = 1e-3
 
 
 def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
@@ -39,7 +47,7 @@ def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
     where the limits leave nothing, with the limit.
     """
     option = best_option(fleet, work, wire, config)
-    even = even_option(option, config)
+    even = even_option(option)
     return plan_of(option, even_step_s=None if even is None else even.step_s)
 
 
@@ -55,7 +63,7 @@ def best_option(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConf
     if config.split is None:
         scored += [(_score(option, limits), option) for option in _polished(scored, limits)]
     best = min(own for own, _ in scored)
-    noise = 0.0 if all(node.estimated for node in fleet.nodes) else config.noise
+    noise = min(config.noise, _TIE) if all(node.estimated for node in fleet.nodes) else config.noise
     # The plainest comes first.
     return next(option for own, option in scored if own * (1 - noise) <= best)
 
@@ -77,15 +85,15 @@ def _score(option: Option, limits: Limits) -> float:
     return own if limits.objective == "cheapest" else own * option.step_s / option.found.step_s
 
 
-def even_option(option: Option, config: PlanConfig) -> Option | None:
-    """Return the even split over as many nodes, the fastest, in the fleet's order; None where it does not fit.
+def even_option(option: Option) -> Option | None:
+    """Return the even split over the plan's own nodes, in the fleet's order; None where it does not fit.
 
-    What someone without a planner would run: to compare with.
+    What someone without a planner would run on them: to compare with.
     """
-    placement = _even_placement(option.problem, min(option.placement.num_stages, option.problem.num_nodes))
-    if evaluate(option.problem, placement).short_bytes > 0:
-        return None
-    return replace(option, placement=placement, pairs=option.pairs[: placement.num_stages - 1])
+    stops = [stop for _, stop in even_split(option.problem.num_layers, option.placement.num_stages)]
+    placement = Placement(bounds=(0, *stops), nodes=tuple(sorted(option.placement.nodes)))
+    even = replace(option, placement=placement)
+    return None if even.found.short_bytes > 0 else even
 
 
 def require_counts(fleet: Fleet, work: Workload, config: PlanConfig) -> None:
@@ -171,16 +179,43 @@ def _placements(problem: Problem, config: PlanConfig, limits: Limits) -> Iterato
 
 
 def find(problem: Problem, config: PlanConfig, limits: Limits, start: Placement | None = None) -> Found:
-    """Return what the search for this fleet's size finds."""
+    """Return what the search for this fleet's size finds; never worse for more replicas allowed, or for `start`."""
     if not may_fit(problem):
         return Found(placement=None, score=math.inf, evaluations=0)
-    if problem.num_nodes >= MIN_CLASSED_NODES and limits.max_replicas > 1:
-        evaluations = config.evaluations or default_large_evaluations(problem)
-        found = plan_large(problem, limits, seed=config.seed, evaluations=evaluations, steady=False)
-        if problem.num_nodes > MAX_SEARCHED_NODES:
-            return found
-        start = start or found.placement
-    return search(problem, limits, seed=config.seed, evaluations=config.evaluations, start=start)
+    by_classes = problem.num_nodes >= MIN_CLASSED_NODES and limits.max_replicas > 1
+    if not by_classes and problem.num_nodes <= MAX_SEARCHED_NODES:
+        return search(problem, limits, seed=config.seed, evaluations=config.evaluations, start=start)
+    found: list[Found] = []
+    if start is not None:
+        own = score(problem, limits, start, evaluated(problem, start))
+        found.append(Found(placement=start, score=own, evaluations=1))
+    # One node a stage, of the few that come into question.
+    nodes = shortlist(problem, limits, MAX_SEARCHED_NODES)
+    part, chains = part_of(problem, nodes), replace(limits_of_part(limits, nodes), max_replicas=1)
+    if limits.min_copies == 1:
+        own = search(part, chains, seed=config.seed, evaluations=config.evaluations)
+        found.append(found_in_part(own, nodes))
+    if by_classes:
+        found += _by_classes(problem, config, limits)
+        if problem.num_nodes <= MAX_SEARCHED_NODES:
+            best = min(found, key=lambda one: one.score)
+            own = search(problem, limits, seed=config.seed, evaluations=config.evaluations, start=best.placement)
+            found.append(own)
+    return min(found, key=lambda one: one.score)
+
+
+def _by_classes(problem: Problem, config: PlanConfig, limits: Limits) -> Iterator[Found]:
+    """Yield what is found by classes of nodes, with more and more replicas a stage."""
+    changes = default_large_evaluations(problem)
+    if config.evaluations is not None:
+        # A change looks at many placements.
+        changes = max(_MIN_CHANGES, min(changes, config.evaluations // _LOOKS_A_CHANGE))
+    caps = [cap for cap in _REPLICA_CAPS if limits.min_copies <= cap < limits.max_replicas]
+    for cap in (*caps, limits.max_replicas):
+        capped = replace(limits, max_replicas=cap)
+        yield plan_large(
+            problem, capped, seed=config.seed, evaluations=max(1, changes // (len(caps) + 1)), steady=False
+        )
 
 
 def _even_placement(problem: Problem, num_stages: int) -> Placement:
@@ -201,6 +236,9 @@ def _roomiest(problem: Problem, count: int) -> list[int]:
 
 def _refusal(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, limits: Limits) -> PlanError:
     """Return why there is no plan: a limit, where one without it would fit, else memory."""
+    # The way to run that takes the least memory of those that may be chosen.
+    least = min(config.batches(work.batch), key=lambda batch: batch.microbatch_size)
+    work = replace(work, batch=least, schedule=config.schedule or "bdp")
     if config.split is None:
         problem = make_problem(fleet, work, wire)
         for change, words in _relaxed(limits):

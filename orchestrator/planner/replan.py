@@ -218,6 +218,8 @@ def _reason(stay: _Choice, best: _Choice, choices: Sequence[_Choice], horizon_s:
     if other is stay or other.score >= stay.score:
         return f"stay: nothing better was found than the {stay.step_s:.3g} s that a step takes"
     gain = 1 - other.score / stay.score
-    saved = f"saves {gain:.1%}, {gain * horizon_s:.3g} s of the {horizon_s:.3g} s that the fleet is expected to last"
+    saved = f"saves {gain:.1%}"
+    if math.isfinite(horizon_s):
+        saved += f", {gain * horizon_s:.3g} s of the {horizon_s:.3g} s that the fleet is expected to last"
     change = f"a step of {other.step_s:.3g} s instead of {stay.step_s:.3g} s {saved}; {_moving(other.migration)}"
     return f"{'move' if best is other else 'stay'}: {change}"

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from orchestrator.planner.evaluate import IN_FLIGHT_MARGIN, Evaluation
+from orchestrator.planner.evaluate import IN_FLIGHT_MARGIN, Evaluation, evaluate
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Floats, Ints, Placement, Problem
 from orchestrator.planner.stretches import slowest_stretch
@@ -22,6 +22,13 @@ from orchestrator.planner.stretches import slowest_stretch
 _ROUNDING = 1e-9
 # Arrays over stages and pairs of places have so many cells at most.
 _MOST_CELLS = 1 << 20
+# So many nodes are evaluated as the specification does it.
+_MOST_PLAIN = 64
+
+
+def evaluated(problem: Problem, placement: Placement) -> Evaluation:
+    """Return what a placement costs, in the form that is quick for its size."""
+    return (evaluate if len(placement.used) <= _MOST_PLAIN else evaluate_wide)(problem, placement)
 
 
 def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
