@@ -166,13 +166,13 @@ def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Se
     if binding.kind == "link":
         return f"link {stage} -> {stage + 1} ({_link(option, stage).rate_mbps:,.0f} Mbit/s)"
     if binding.kind == "uplink":
-        return f"the uplink of {cards[0].node} ({cards[0].uplink_mbps:,.0f} Mbit/s), stage {stage}"
+        return f"the uplink of {cards[0].node} ({cards[0].uplink_mbps:,g} Mbit/s), stage {stage}"
     if binding.kind == "downlink":
-        return f"the downlink of {cards[0].node} ({cards[0].downlink_mbps:,.0f} Mbit/s), stage {stage}"
+        return f"the downlink of {cards[0].node} ({cards[0].downlink_mbps:,g} Mbit/s), stage {stage}"
     if binding.kind == "shared way":
         p, q = (option.problem.place_N[node] for node in binding.nodes)
         shared_mbps = 8 * float(option.problem.shared_bytes_per_s_PP[p, q]) / BITS_PER_MEGABIT
-        return f"what {cards[0].region} and {cards[1].region} share ({shared_mbps:,.0f} Mbit/s)"
+        return f"what {cards[0].region} and {cards[1].region} share ({shared_mbps:,g} Mbit/s)"
     last, trip_ms = binding.last, binding.seconds * 1e3
     if last + 1 < len(names):
         return (
