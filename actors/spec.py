@@ -264,7 +264,7 @@ class ActionTime:
     """One thing that a stage did, in seconds from the step's start on that node."""
 
     # "F", "B", "W": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit; "S": replicas exchange
-    # gradients. W, what makes weight gradients, and S are simulated so far. On CUDA compute is timed on
+    # gradients, so far only simulated. B is the first half where backwards come in halves. On CUDA compute is timed on
     # the device, which runs behind the host, so a wait may overlap with it.
     name: str
     microbatch: int

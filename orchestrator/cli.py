@@ -365,7 +365,7 @@ def _simulate(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
-    from orchestrator.report import summary_text, write_report
+    from orchestrator.report import TRACE_NAME, summary_text, write_report
     from orchestrator.runfolder import BASELINE_SUFFIX
 
     folder: Path = arguments.folder
@@ -376,6 +376,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     page = write_report(folder, baseline, arguments.out or folder / "report.html")
     console.print(summary_text(folder, baseline))
     console.print(f"the page is {page}")
+    console.print(f"every action is in {page.with_name(TRACE_NAME)}; open it in chrome://tracing or ui.perfetto.dev")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +28,10 @@ from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timel
 from orchestrator.records import LinkRecord, StepRecord
 from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
 from orchestrator.status import Status, read_status
+from orchestrator.tracefile import trace_document
 
 _MAX_CONFIG_CHARS = 1_048_576
+TRACE_NAME = "trace.json"
 _LOSS_CAPTION = "loss over tokens trained on"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -171,7 +174,8 @@ def loss_curves(history: History, name: str, colour: str) -> list[Curve]:
 def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
     """Write the page about run folder `run`, with `baseline`'s numbers beside it, to `out`, and return `out`.
 
-    Raises UserError where there is no run, or it has not done a step yet.
+    Beside it, as `trace.json`, the last steps action by action, for a trace viewer. Raises UserError where there is no
+    run, or it has not done a step yet.
     """
     history = _history(run)
     if not history.steps:
@@ -180,6 +184,7 @@ def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
         )
     base = _history(baseline) if baseline else None
     write_atomic(out, _page(run, history, baseline, base))
+    write_atomic(out.with_name(TRACE_NAME), json.dumps(trace_document(history.steps)))
     return out
 
 

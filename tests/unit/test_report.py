@@ -81,6 +81,7 @@ def test_the_page_holds_run_and_baseline_and_needs_nothing_else(tmp_path: Path) 
     run, baseline = make_run(tmp_path, "demo", 2), make_run(tmp_path, "demo-baseline", 1)
     out = tmp_path / "report.html"
     assert write_report(run, baseline, out) == out
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     page = Page(out.read_text())
     curves, timeline = page.pictures
     for name in ("demo: training", "demo: held-out", "demo-baseline: training", "demo-baseline: held-out"):
