@@ -35,7 +35,9 @@ def test_a_long_link_in_the_middle_holds_1f1b_up_and_the_closed_form_knows() -> 
     # Two microbatches a round trip between stages 1 and 2: 3 s each, and 20 s of delay.
     pace_s = (3 + 3 + 20) / 2
     assert found.rate == pytest.approx(1 / pace_s)
-    assert what_binds(far, FOUR, found) == Binding(kind="round trip", stage=1, last=2, count=2, seconds=26.0)
+    assert what_binds(far, FOUR, found) == Binding(
+        kind="round trip", stage=1, last=2, count=2, seconds=26.0, nodes=(1,)
+    )
     assert found.step_s == pytest.approx(64 * pace_s, rel=0.05)
     assert played_step_s(far, FOUR, found) == pytest.approx(64 * pace_s, rel=0.05)
     # A window that the delay is reckoned into has no such stretch.
