@@ -72,6 +72,8 @@ CASES = (
     Case(name="3-near-none", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=20, schedule="1f1b", codec="none"),
     Case(name="3-far-none-gpipe", hosts=3, cpus=0.5, rate_mbps=20, delay_ms=50, schedule="gpipe", codec="none"),
     Case(name="3-farther-q8", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="1f1b", codec="q8"),
+    Case(name="3-farther-q8-bdp", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="bdp", codec="q8"),
+    Case(name="3-farther-q8-split", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="bdp-split", codec="q8"),
 )
 QUICK = ("2-near-q8", "3-far-q8-gpipe")
 
@@ -182,18 +184,20 @@ def replayed(real: Real, step: StepRecord, overheads: Overheads) -> StepSimulati
     These hold already what frames and codecs took of the processor meanwhile, so here those only make frames later.
     """
     problem = real.problem
-    forward_s_N, backward_s_N = np.zeros(problem.num_nodes), np.zeros(problem.num_nodes)
+    forward_s_N, backward_s_N, weight_s_N = (np.zeros(problem.num_nodes) for _ in range(3))
     placement = placement_of(real.plan, real.fleet)
     for stage in step.stages:
         node, plan = placement.nodes[stage.stage][0], real.plan.stages[stage.stage]
-        for name, seconds_N in (("F", forward_s_N), ("B", backward_s_N)):
-            mean_s = statistics.mean(a.end_s - a.start_s for a in stage.actions if a.name == name)
-            seconds_N[node] = mean_s / (plan.layer_stop - plan.layer_start)
+        for name, seconds_N in (("F", forward_s_N), ("B", backward_s_N), ("W", weight_s_N)):
+            taken_s = [a.end_s - a.start_s for a in stage.actions if a.name == name]
+            # Only where backwards come in halves is there a W.
+            seconds_N[node] = statistics.mean(taken_s or [0.0]) / (plan.layer_stop - plan.layer_start)
     none_N = np.zeros(problem.num_nodes)
     problem = replace(
         problem,
         layer_forward_s_N=forward_s_N,
-        layer_backward_s_N=backward_s_N,
+        layer_backward_s_N=backward_s_N + weight_s_N,
+        layer_weight_s_N=weight_s_N,
         first_forward_s_N=none_N,
         first_backward_s_N=none_N,
         last_forward_s_N=none_N,
