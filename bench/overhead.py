@@ -211,7 +211,7 @@ def processes(target: Callable[..., None], arguments: Callable[[int, list], tupl
 def isthmus(config: RunConfig) -> Iterator[RunStep]:
     """(c): the product's own stages on Ray, driven as the controller does, one commit a step."""
     with open_fleet(config.fleet, None, config.name, config.timeouts) as crew:
-        plan = plan_run(config, crew, None).plan
+        plan = plan_run(config, crew, None, None).plan
         stages = Stages(crew, plan, config, DataManifest.load(config.data.path).sha256)
         stages.assign(1)
         stages.load(LoadOrder(run=config.name, generation=1, step=0))

@@ -51,7 +51,7 @@ from orchestrator.lifecycle import (
 )
 from orchestrator.past import Past, require_shared_store
 from orchestrator.progress import Progress
-from orchestrator.recipe import checkpoint_url, plan_run, require_data, resolve, save_plan
+from orchestrator.recipe import checkpoint_url, plan_run, require_data, resolve, save_plan, saved_plan
 from orchestrator.records import EvalRecord, EventRecord
 from orchestrator.runfolder import RunFolder, write_atomic
 from orchestrator.saving import Saving
@@ -249,7 +249,8 @@ class _Run:
     def _plan(self) -> None:
         """Measure the fleet and plan for it; a codec that did a link harm before the newest checkpoint stays away."""
         newest = self._past.newest
-        planned = plan_run(self._config, self._crew, newest.batch if newest else None)
+        before = saved_plan(self._folder) if newest else None
+        planned = plan_run(self._config, self._crew, newest.batch if newest else None, before)
         self._config, self._fleet, plan = planned.config, planned.fleet, planned.plan
         history = newest.history if newest else History()
         plan = with_step_downs(plan, history.step_downs)

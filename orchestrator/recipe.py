@@ -14,7 +14,7 @@ from actors.spec import Plan
 from actors.store import open_store
 from actors.token_shards import DataManifest
 from orchestrator.config import RunConfig
-from orchestrator.events import encode
+from orchestrator.events import decode, encode
 from orchestrator.fleet import Crew
 from orchestrator.planner.build import Workload
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig
@@ -58,8 +58,8 @@ class Planned:
     plan: Plan
 
 
-def plan_run(config: RunConfig, crew: Crew, began_with: BatchSpec | None) -> Planned:
-    """Probe the fleet on this model and plan a run for it.
+def plan_run(config: RunConfig, crew: Crew, began_with: BatchSpec | None, before: Plan | None) -> Planned:
+    """Probe the fleet on this model and plan a run for it; as `before`, unless that is worse by more than noise.
 
     A run that goes on keeps the microbatches that it `began_with`: others would sum in another order. PlanError where
     the plan is of a kind that stages do not run.
@@ -69,7 +69,7 @@ def plan_run(config: RunConfig, crew: Crew, began_with: BatchSpec | None) -> Pla
         plan_config = replace(config.plan, microbatch_sizes=(began_with.microbatch_size,))
         config = replace(config, batch=began_with, plan=plan_config)
     fleet = probe_fleet(config, crew)
-    return _planned(config, fleet, make_plan(fleet, workload(config), config.wire, config.plan))
+    return _planned(config, fleet, make_plan(fleet, workload(config), config.wire, config.plan, before))
 
 
 def plan_ahead(config: RunConfig, fleet: Fleet) -> Planned:
@@ -124,6 +124,14 @@ def save_plan(folder: RunFolder, plan: Plan, fleet: Fleet) -> None:
     """Write the plan, and the fleet that it was made for, into the run's folder."""
     write_atomic(folder.plan, json.dumps(encode(plan), indent=1))
     write_atomic(folder.fleet, json.dumps(encode(fleet), indent=1))
+
+
+def saved_plan(folder: RunFolder) -> Plan | None:
+    """Return the plan that a run goes by; None where there is none that this release can read."""
+    try:
+        return decode(Plan, json.loads(folder.plan.read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def keep_plan(planned: Planned) -> str:

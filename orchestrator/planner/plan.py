@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 from actors.errors import ConfigError, PlanError
 from actors.fleet_spec import Fleet
@@ -19,6 +19,7 @@ from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, allowed_fleet, limits_of
 from orchestrator.planner.codecs import LADDER, CodecPair, choose_codecs
 from orchestrator.planner.evaluate import evaluate
+from orchestrator.planner.kept import kept_placement
 from orchestrator.planner.large import default_large_evaluations, plan_large
 from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.played import polished
@@ -40,31 +41,34 @@ _LOOKS_A_CHANGE, _MIN_CHANGES = 20, 500
 _TIE = 1e-3
 
 
-def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
-    """Return the best plan that fits and keeps to the limits.
+def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, before: Plan | None = None) -> Plan:
+    """Return the best plan that fits and keeps to the limits; the one of `before`, unless others are better by noise.
 
     Raises PlanError: where the model fits nowhere, with the stage, the shortage and the smallest change that would fit;
     where the limits leave nothing, with the limit.
     """
-    option = best_option(fleet, work, wire, config)
+    option = best_option(fleet, work, wire, config, before)
     even = even_option(option)
     return plan_of(option, even_step_s=None if even is None else even.step_s)
 
 
-def best_option(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Option:
+def best_option(
+    fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, before: Plan | None = None
+) -> Option:
     """Return the placement that `make_plan` makes its plan of."""
     require_sound(fleet)
     fleet = allowed_fleet(fleet, config)
     require_counts(fleet, work, config)
     limits = limits_of(fleet, config, work.batch.step_tokens)
-    scored = [(_score(option, limits), option) for option in _options(fleet, work, wire, config, limits)]
+    options = _options(fleet, work, wire, config, limits, before)
+    scored = [(_score(option, limits), option) for option in options]
     if min((own for own, _ in scored), default=math.inf) == math.inf:
         raise _refusal(fleet, work, wire, config, limits)
     if config.split is None:
         scored += [(_score(option, limits), option) for option in _polished(scored, limits)]
     best = min(own for own, _ in scored)
     noise = min(config.noise, _TIE) if all(node.estimated for node in fleet.nodes) else config.noise
-    # The plainest comes first.
+    # What was run before comes first, then the plainest.
     return next(option for own, option in scored if own * (1 - noise) <= best)
 
 
@@ -121,20 +125,46 @@ def even_split(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(bounds))
 
 
-def _options(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, limits: Limits) -> Iterator[Option]:
-    """Yield placements to choose from, the plainest first."""
+def _options(
+    fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, limits: Limits, before: Plan | None
+) -> Iterator[Option]:
+    """Yield placements to choose from: what was run before, then the plainest first."""
+    ways = list(_ways(fleet, work, wire, config))
+    if before is not None and config.split is None:
+        as_before = before.microbatch_size, before.schedule
+        for way in ways:
+            kept = kept_placement(way.problem, limits, fleet, before)
+            if kept is not None and (way.work.batch.microbatch_size, way.work.schedule) == as_before:
+                yield way.option(kept, config)
+    for way in ways:
+        for placement in _placements(way.problem, config, limits):
+            yield way.option(placement, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A way to run: microbatches, schedule, and a set of codecs, or None for what is set."""
+
+    fleet: Fleet
+    work: Workload
+    wire: WireConfig
+    problem: Problem
+    codecs: tuple[CodecPair, ...] | None
+
+    def option(self, placement: Placement, config: PlanConfig) -> Option:
+        pairs = tuple(self.wire.codecs_of(stage) for stage in range(placement.num_stages - 1))
+        option = Option(
+            fleet=self.fleet, work=self.work, wire=self.wire, problem=self.problem, placement=placement, pairs=pairs
+        )
+        return option if self.codecs is None else _with_codecs(option, config)
+
+
+def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Iterator[_Way]:
     schedules: Sequence[ScheduleName] = CHOSEN_SCHEDULES if config.schedule is None else (config.schedule,)
-    for batch in config.batches(work.batch):
-        for schedule in schedules:
-            this = replace(work, batch=batch, schedule=schedule)
-            for codecs in codec_sets(config):
-                problem = make_problem(fleet, this, wire, codecs=codecs)
-                for placement in _placements(problem, config, limits):
-                    pairs = tuple(wire.codecs_of(stage) for stage in range(placement.num_stages - 1))
-                    option = Option(
-                        fleet=fleet, work=this, wire=wire, problem=problem, placement=placement, pairs=pairs
-                    )
-                    yield option if codecs is None else _with_codecs(option, config)
+    for batch, schedule, codecs in product(config.batches(work.batch), schedules, codec_sets(config)):
+        this = replace(work, batch=batch, schedule=schedule)
+        problem = make_problem(fleet, this, wire, codecs=codecs)
+        yield _Way(fleet=fleet, work=this, wire=wire, problem=problem, codecs=codecs)
 
 
 def codec_sets(config: PlanConfig) -> tuple[tuple[CodecPair, ...] | None, ...]:

@@ -251,3 +251,34 @@ def test_chunks_and_windows_keep_to_their_bounds(rate_mbps: float) -> None:
 def test_the_same_inputs_give_the_same_plan() -> None:
     inputs = fleet(node("a", 1.7), node("b"), node("c", 1.1), links=(link("a", "b", 10.0),))
     assert plan(inputs) == plan(inputs)
+
+
+def test_a_run_that_goes_on_keeps_its_cut_unless_another_is_better_by_more_than_noise() -> None:
+    # The slow node sets the pace, so how the others share the rest hardly matters.
+    slower = fleet(node("a", 2.5), node("b"), node("c"))
+    before, anew = plan(slower, split=(2, 6, 4)), plan(slower, stages=3)
+    assert sizes(anew) != [2, 6, 4]
+    kept = make_plan(slower, WORK, WireConfig(), PlanConfig(stages=3), before)
+    assert [(s.node, s.layer_start, s.layer_stop) for s in kept.stages] == [
+        (s.node, s.layer_start, s.layer_stop) for s in before.stages
+    ]
+    assert kept.step_s <= anew.step_s / 0.95
+    # One that says much else.
+    even = fleet(node("a"), node("b"), node("c"))
+    assert sizes(make_plan(even, WORK, WireConfig(), PlanConfig(stages=3), before)) == [4, 4, 4]
+    # What a user sets goes before what was.
+    assert len(make_plan(slower, WORK, WireConfig(), PlanConfig(stages=2), before).stages) == 2
+    assert sizes(make_plan(slower, WORK, WireConfig(), PlanConfig(split=(4, 4, 4)), before)) == [4, 4, 4]
+
+
+def test_a_lost_nodes_layers_go_to_a_spare_and_the_cut_stays() -> None:
+    before = plan(fleet(node("a"), node("b"), node("c")), stages=3)
+    assert sizes(before) == [4, 4, 4]
+    with_spare = make_plan(fleet(node("a"), node("c"), node("d")), WORK, WireConfig(), PlanConfig(), before)
+    assert {s.node: (s.layer_start, s.layer_stop) for s in with_spare.stages} == {
+        "a": (0, 4),
+        "d": (4, 8),
+        "c": (8, 12),
+    }
+    without = make_plan(fleet(node("a"), node("c")), WORK, WireConfig(), PlanConfig(), before)
+    assert sorted(sizes(without)) == [6, 6]
