@@ -183,7 +183,7 @@ def page(rows: list[Row]) -> str:
         own = [row for row in rows if row.setting == setting.name]
         lines += [_line(row) for row in own]
         advice = next((row.advice for row in own if row.advice), ())
-        lines += ["", *(f"Would help, as stages run today: {words}.  " for words in advice), ""]
+        lines += ["", *(f"Would help, under 1F1B: {words}.  " for words in advice), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -172,7 +172,8 @@ def codec_sets(config: PlanConfig) -> tuple[tuple[CodecPair, ...] | None, ...]:
     if config.quality_budget is None:
         return (None,)
     affordable = [cost.pair for cost in LADDER if cost.loss_share <= config.quality_budget] or [LADDER[0].pair]
-    return tuple((pair,) for pair in dict.fromkeys((affordable[0], affordable[-1])))
+    # The mildest codec rather than none, where it may be: nobody would search with frames that large.
+    return tuple((pair,) for pair in dict.fromkeys((affordable[:2][-1], affordable[-1])))
 
 
 def _with_codecs(option: Option, config: PlanConfig) -> Option:
