@@ -40,11 +40,11 @@ PUBLISHED_S = {
 }
 NOISY_CASE = "4_worldwide_geo"
 # Nodes, stages and replicas of the fresh fleets, in turn; nodes without a seat are spare.
-REGION_SHAPES = ((64, 8, 8), (60, 4, 12), (64, 12, 5))
+REGION_SHAPES = ((64, 8, 8), (60, 4, 12), (48, 6, 8))
 SMALL_SHAPES = (
     (8, 2, 4), (8, 4, 2), (9, 3, 3), (10, 2, 5), (10, 5, 2), (10, 2, 4), (11, 3, 3), (12, 3, 4), (12, 4, 3), (12, 6, 2),
 )  # fmt: skip
-SMALL_EVALUATIONS = 300_000
+SMALL_EVALUATIONS = 1_200_000
 # The bounds: a case's cost over the best known, its search's time on one core, and gaps to the optimum of the small.
 TOLERANCE, MOST_S, MOST_MEAN_GAP, MOST_GAP = 1e-6, 10.0, 0.001, 0.02
 
