@@ -71,10 +71,10 @@ def _run(module: str, extra: Sequence[str]) -> tuple[dict[str, Any], bool]:
 
 def _small(document: Mapping[str, Any]) -> list[str]:
     found = document["summary"]
-    count = found["num_chains"] + found["num_replicated"] + found["num_infeasible"]
+    count = found["num_chains"] + found["num_replicated"]
     return [
         f"{count} random fleets, uneven in nodes, links and memory: {found['num_chains']} chains of up to 12 nodes, "
-        f"{found['num_replicated']} with replicas of up to 6 nodes and 8 layers, {found['num_infeasible']} where "
+        f"{found['num_replicated']} with replicas of up to 6 nodes and 8 layers; on {found['num_infeasible']} of them "
         f"nothing fits. Against the optimum by enumeration or by subsets: {found['num_optimal']} optimal, mean gap "
         f"{found['mean_gap']:.4%} (bound 0.5%), worst {found['worst_gap']:.2%} (bound 5%); feasibility mistaken in "
         f"{found['num_mistaken']}.",
