@@ -32,7 +32,7 @@ class PlanConfig:
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None
-    # gpipe, 1f1b, bdp or bdp-split; None: whichever is fastest of all but gpipe.
+    # gpipe, 1f1b, bdp or bdp-split; None: the fastest, but gpipe, and bdp-split where nodes share cores, are not tried.
     schedule: ScheduleName | None = None
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None

@@ -282,3 +282,11 @@ def test_a_lost_nodes_layers_go_to_a_spare_and_the_cut_stays() -> None:
     }
     without = make_plan(fleet(node("a"), node("c")), WORK, WireConfig(), PlanConfig(), before)
     assert sorted(sizes(without)) == [6, 6]
+
+
+def test_halves_of_backwards_fill_waits_but_not_those_of_nodes_that_share_cores() -> None:
+    cards = [node(name) for name in "abcd"]
+    apart = Fleet(nodes=tuple(replace(card, host=card.node) for card in cards), links=())
+    assert plan(apart, stages=4).schedule == "bdp-split"
+    assert plan(fleet(*cards), stages=4).schedule == "1f1b"
+    assert plan(fleet(*cards), stages=4, schedule="bdp-split").schedule == "bdp-split"
