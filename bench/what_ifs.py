@@ -241,6 +241,9 @@ _HEAD = """# What if: three fleets that nobody here has
   pause (Linux does unless net.ipv4.tcp_slow_start_after_idle is 0: set it so on every node).
 - What codecs do to the loss was measured on a model of 2 million parameters ([quality.md](quality.md)): a guide only.
 - "Not yet run": replicas, which the planner and the simulator know, and stages do not run yet.
+- Rows of bdp-split count one block computed again, as for the others. A half put off really holds what its block
+  computed again, several times that, so a run refuses the two together: these rows say what hiding delays is worth in
+  time, for nodes with memory to spare. plan.schedule=bdp hides delays without it.
 """
 
 

@@ -64,7 +64,7 @@ def plan_run(config: RunConfig, crew: Crew, began_with: BatchSpec | None, before
     A run that goes on keeps the microbatches that it `began_with`: others would sum in another order. PlanError where
     the plan is of a kind that stages do not run.
     """
-    require_executed(config.plan)
+    require_executed(config.plan, config.train.activation_checkpointing)
     if began_with is not None and config.plan.microbatch_sizes is not None:
         plan_config = replace(config.plan, microbatch_sizes=(began_with.microbatch_size,))
         config = replace(config, batch=began_with, plan=plan_config)
@@ -98,8 +98,14 @@ def workload(config: RunConfig) -> Workload:
     )
 
 
-def require_executed(config: PlanConfig) -> None:
-    """Raise PlanError for what can be planned and simulated, but not yet run."""
+def require_executed(config: PlanConfig, activation_checkpointing: bool) -> None:
+    """Raise PlanError for what can be planned and simulated, but not run."""
+    if config.schedule == "bdp-split" and activation_checkpointing:
+        raise PlanError(
+            "plan.schedule=bdp-split and train.activation_checkpointing=true do not go together: a weight gradient "
+            "that is put off holds what its block computed again",
+            "set plan.schedule=bdp, or train.activation_checkpointing=false",
+        )
     if config.max_replicas > 1:
         raise PlanError(
             f"a stage runs on one node yet, and plan.max_replicas is {config.max_replicas}; isthmus plan and isthmus "
@@ -130,7 +136,7 @@ def saved_plan(folder: RunFolder) -> Plan | None:
     """Return the plan that a run goes by; None where there is none that this release can read."""
     try:
         return decode(Plan, json.loads(folder.plan.read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -6,6 +6,8 @@ where it is; a new plan for every start would lose that to the noise of a probe.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from actors.fleet_spec import Fleet
 from actors.spec import Plan
 from orchestrator.planner.heal import healed
@@ -18,7 +20,10 @@ def kept_placement(problem: Problem, limits: Limits, fleet: Fleet, plan: Plan) -
     """Return the plan's stages on those of its nodes that the fleet has, those of others healed; None where none is."""
     index = {card.node: number for number, card in enumerate(fleet.nodes)}
     bounds = (0, *(stage.layer_stop for stage in plan.stages))
-    if bounds[-1] != problem.num_layers:
+    named = [node for stage in plan.stages for node in stage.nodes]
+    is_cut = all(start < stop for start, stop in pairwise(bounds))
+    # A file that somebody has edited, or another model's.
+    if not is_cut or bounds[-1] != problem.num_layers or len(set(named)) < len(named):
         return None
     nodes = tuple(tuple(index[node] for node in stage.nodes if node in index) for stage in plan.stages)
     placement = Placement(bounds=bounds, nodes=nodes)

@@ -131,10 +131,11 @@ def _options(
     """Yield placements to choose from: what was run before, then the plainest first."""
     ways = list(_ways(fleet, work, wire, config))
     if before is not None and config.split is None:
-        as_before = before.microbatch_size, before.schedule
-        for way in ways:
+        # Its bits depend on the cut, not on the schedule: another one may have been asked for.
+        alike = [way for way in ways if way.work.batch.microbatch_size == before.microbatch_size]
+        for way in sorted(alike, key=lambda way: way.work.schedule != before.schedule):
             kept = kept_placement(way.problem, limits, fleet, before)
-            if kept is not None and (way.work.batch.microbatch_size, way.work.schedule) == as_before:
+            if kept is not None:
                 yield way.option(kept, config)
     for way in ways:
         for placement in _placements(way.problem, config, limits):
@@ -161,8 +162,9 @@ class _Way:
 
 def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Iterator[_Way]:
     schedules: Sequence[ScheduleName] = CHOSEN_SCHEDULES if config.schedule is None else (config.schedule,)
-    if config.schedule is None and _cores_are_shared(fleet):
-        # What waits leave of the cores is the other nodes', and halves cost more than a whole backward.
+    if config.schedule is None and (work.activation_checkpointing or _cores_are_shared(fleet)):
+        # A half put off holds all that its blocks computed again, which memory is not counted for; and where cores are
+        # shared, what waits leave of them is the other nodes'.
         schedules = [schedule for schedule in schedules if schedule != "bdp-split"]
     for batch, schedule, codecs in product(config.batches(work.batch), schedules, codec_sets(config)):
         this = replace(work, batch=batch, schedule=schedule)

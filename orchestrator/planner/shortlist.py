@@ -1,7 +1,8 @@
 """The nodes of a large fleet that a plan of one node a stage may want: few are enough, and quick to search.
 
-PURE. A chain has as many nodes as layers at most, so of thousands only the fastest come into question, and where money
-counts those that do most for it; and those that a person named.
+PURE. A chain has as many nodes as layers at most, so of thousands only the fastest come into question, those with the
+most memory, for what the fast ones cannot hold, where money counts those that do most for it, and those that a person
+named.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def shortlist(problem: Problem, limits: Limits, most: int) -> Ints:
         cheapest = able[np.argsort(problem.price_N[able] * seconds, kind="stable")]
         kept[0] = fastest[: most // 2]
         kept.append(cheapest[: most // 2])
+    # The ends of the model, and a model that hardly fits, want room before speed: the roomiest, the fastest of equals.
+    roomiest = able[np.lexsort((seconds, -room_N[able]))]
+    kept.append(roomiest[: problem.num_layers])
+    for end_bytes in (problem.first_state_bytes, problem.last_state_bytes + problem.last_bytes):
+        kept.append(fastest[room_N[fastest] > end_bytes][: problem.num_layers])
     named = [node for node, _ in limits.pins] + [node for pair in limits.after for node in pair]
     return np.unique(np.concatenate([*kept, np.array(named, np.int64)])).astype(np.int32)
 

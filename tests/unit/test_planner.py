@@ -15,6 +15,7 @@ from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import PlanConfig
 from orchestrator.planner.evaluate import compute_s, memory_bytes
 from orchestrator.planner.plan import even_split, make_plan
+from orchestrator.recipe import require_executed
 from tests.part_times import part_times
 
 MODEL = ModelSpec(
@@ -290,3 +291,36 @@ def test_halves_of_backwards_fill_waits_but_not_those_of_nodes_that_share_cores(
     assert plan(apart, stages=4).schedule == "bdp-split"
     assert plan(fleet(*cards), stages=4).schedule == "1f1b"
     assert plan(fleet(*cards), stages=4, schedule="bdp-split").schedule == "bdp-split"
+
+
+def test_halves_are_not_put_off_where_blocks_are_computed_again() -> None:
+    apart = Fleet(nodes=tuple(replace(node(name), host=name) for name in "abcd"), links=())
+    assert plan(apart, replace(WORK, activation_checkpointing=True), stages=4).schedule != "bdp-split"
+    with pytest.raises(PlanError, match="do not go together"):
+        require_executed(PlanConfig(schedule="bdp-split"), activation_checkpointing=True)
+    require_executed(PlanConfig(schedule="bdp-split"), activation_checkpointing=False)
+    require_executed(PlanConfig(schedule="bdp"), activation_checkpointing=True)
+
+
+def test_a_large_fleets_roomy_nodes_come_into_question_though_they_are_slow() -> None:
+    ends = need(node("a"), 11, 12, in_flight=1)
+    small = tuple(node(f"s{i}", memory_bytes=ends - 1) for i in range(210))
+    roomy = tuple(node(f"b{i}", 3.0) for i in range(2))
+    made = plan(Fleet(nodes=(*small, *roomy), links=()), evaluations=3000)
+    assert made.stages[-1].node.startswith("b")
+
+
+def test_the_cut_is_kept_under_another_schedule_and_a_damaged_plan_is_not() -> None:
+    slower = fleet(node("a", 2.5), node("b"), node("c"))
+    before = plan(slower, split=(2, 6, 4))
+    kept = make_plan(slower, WORK, WireConfig(), PlanConfig(stages=3, schedule="bdp"), before)
+    assert (sizes(kept), kept.schedule) == ([2, 6, 4], "bdp")
+    anew = plan(slower, stages=3)
+    stages = before.stages
+    for damaged in (
+        (replace(stages[0], layer_stop=9), *stages[1:]),
+        (stages[0], replace(stages[1], layer_stop=2), stages[2]),
+        (stages[0], replace(stages[1], node="a"), stages[2]),
+    ):
+        wrong = replace(before, stages=damaged)
+        assert sizes(make_plan(slower, WORK, WireConfig(), PlanConfig(stages=3), wrong)) == sizes(anew)
