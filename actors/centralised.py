@@ -24,7 +24,7 @@ from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
 from actors.pipeline import Timeline, total_s
 from actors.settings import BatchSpec, DataConfig
-from actors.spec import Commit, EvalReport, Kind, LinkCount, StepReport
+from actors.spec import COMPUTES, WAITS, Commit, EvalReport, Kind, LinkCount, StepReport
 
 # Sums a tensor over all workers, in place; every worker then holds the same bits.
 AllReduce = Callable[[torch.Tensor], object]
@@ -169,8 +169,8 @@ class CentralisedWorker:
             num_targets=int(num_targets),
             grad_sq=self.engine.grad_sq(),
             nonfinite_microbatch=next((i for i, flag in enumerate(flags) if flag), -1),
-            compute_s=total_s(actions, "F", "B", "C"),
-            wait_s=total_s(actions, "wB"),
+            compute_s=total_s(actions, *COMPUTES),
+            wait_s=total_s(actions, *WAITS),
             step_s=timeline.elapsed_s,
             actions=actions,
             links=links,

@@ -16,7 +16,7 @@ from torch import _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateI
 from actors.data import Microbatch
 from actors.errors import StageError
 from actors.model.decoder import DecoderStage, token_losses
-from actors.model.put_off import PutOff, add_gradients
+from actors.model.put_off import Product, PutOff, add_gradients
 from actors.optim import OptimConfig, build_optimizer
 from actors.resident import ResidentMemory
 from actors.spec import Commit
@@ -29,10 +29,6 @@ class _InFlight:
     input_BTD: torch.Tensor | None
     # hidden_BTD that goes on to the next stage; on the last stage the scaled loss.
     output: torch.Tensor
-
-
-# A weight, its layer's input and its output's gradient, of each layer that put its weight gradient off.
-_PutOffParts = list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]
 
 
 class StageEngine:
@@ -50,7 +46,7 @@ class StageEngine:
         self._in_flight: dict[int, _InFlight] = {}
         # Where backwards put weight gradients off, once a first half was asked for, and what they did.
         self._put_off: PutOff | None = None
-        self._halved: dict[int, _PutOffParts] = {}
+        self._halved: dict[int, list[Product]] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._num_targets = 0
         self._step_targets = 1

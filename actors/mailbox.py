@@ -215,8 +215,8 @@ class Mailbox:
         Raises PeerTimeout naming the sender, StepAborted, or whatever made the step fail.
         """
         with self._changed:
-            (key,) = keys = self._keys([(kind, microbatch)])
-            self._wait(keys, timeout_s, monotonic)
+            key = self._key(kind, microbatch)
+            self._wait([key], timeout_s, monotonic)
             arrival = self._ready.pop(key)
             assert arrival is not None, "it was decoded"
             self._taken[kind] = microbatch + 1
@@ -226,17 +226,17 @@ class Mailbox:
         """Return whether this microbatch's tensor is there to take; raises what made the step fail."""
         with self._changed:
             self._require_going()
-            return self._ready.get(self._keys([(kind, microbatch)])[0]) is not None
+            return self._ready.get(self._key(kind, microbatch)) is not None
 
     def wait_for_any(
         self, wanted: Sequence[tuple[Kind, int]], *, timeout_s: float, monotonic: Callable[[], float]
     ) -> None:
         """Wait until one of these is there to take; raises as `take` does."""
         with self._changed:
-            self._wait(self._keys(wanted), timeout_s, monotonic)
+            self._wait([self._key(*each) for each in wanted], timeout_s, monotonic)
 
-    def _keys(self, wanted: Sequence[tuple[Kind, int]]) -> list[_Key]:
-        return [(self._generation, self._step, kind, microbatch) for kind, microbatch in wanted]
+    def _key(self, kind: Kind, microbatch: int) -> _Key:
+        return self._generation, self._step, kind, microbatch
 
     def _wait(self, keys: Sequence[_Key], timeout_s: float, monotonic: Callable[[], float]) -> None:
         """Wait until one of these frames is decoded; the lock is held."""

@@ -22,15 +22,13 @@ from actors.engine import StageEngine
 from actors.link import Link
 from actors.mailbox import Mailbox
 from actors.schedule import Action, Op
-from actors.spec import ActionTime, Kind
+from actors.spec import COMPUTES, ActionTime, Kind
 
 # (step, microbatch) -> its tokens; None on a stage that needs none.
 ReadMicrobatch = Callable[[int, int], Microbatch | None]
 
 # How many frames beyond the next needed one may wait in an evaluation, and as many on their way.
 EVAL_WINDOW = 4
-# What the device does, not the host.
-_COMPUTE = ("F", "B", "W", "C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ class Timeline:
 
     def _mark(self, name: str) -> _Seconds:
         """Note this moment; the result gives its seconds from the start."""
-        if self._origin is None or name not in _COMPUTE:
+        if self._origin is None or name not in COMPUTES:
             return partial(float, self.elapsed_s)
         return partial(_device_s, self._origin, _cuda_event())
 

@@ -259,6 +259,10 @@ class EvalOrder:
     num_microbatches: int
 
 
+# Names of actions: what the device does, and what the host waits for.
+COMPUTES, WAITS = ("F", "B", "W", "C"), ("wF", "wB")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionTime:
     """One thing that a stage did, in seconds from the step's start on that node."""

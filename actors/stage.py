@@ -41,6 +41,8 @@ from actors.resident import ResidentMemory
 from actors.schedule import Action, num_in_flight, stage_actions
 from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_limits
 from actors.spec import (
+    COMPUTES,
+    WAITS,
     Assignment,
     EvalOrder,
     EvalReport,
@@ -271,8 +273,8 @@ class Stage:
             num_targets=engine.num_targets,
             grad_sq=engine.grad_sq(),
             nonfinite_microbatch=engine.nonfinite_microbatch(),
-            compute_s=total_s(actions, "F", "B", "W", "C"),
-            wait_s=total_s(actions, "wF", "wB"),
+            compute_s=total_s(actions, *COMPUTES),
+            wait_s=total_s(actions, *WAITS),
             step_s=timeline.elapsed_s,
             actions=actions,
             links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),

@@ -376,7 +376,8 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     page = write_report(folder, baseline, arguments.out or folder / "report.html")
     console.print(summary_text(folder, baseline))
     console.print(f"the page is {page}")
-    console.print(f"every action is in {page.with_name(TRACE_NAME)}; open it in chrome://tracing or ui.perfetto.dev")
+    trace = page.with_name(TRACE_NAME)
+    console.print(f"the actions on record are in {trace}; open it in chrome://tracing or ui.perfetto.dev")
     return 0
 
 

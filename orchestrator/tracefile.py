@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from actors.spec import WAITS
 from orchestrator.records import StepRecord
 
 # A viewer takes some hundred thousand slices with ease.
 MOST_SLICES = 200_000
 # Waits have a line of their own, for on CUDA they may overlap with compute.
-_COMPUTES, _WAITS = 0, 1
+_COMPUTING, _WAITING = 0, 1
 _NAMES = {
     "F": "forward",
     "B": "backward",
@@ -48,7 +49,7 @@ def _lines(steps: Sequence[StepRecord]) -> Iterator[dict[str, Any]]:
         name = f"stage {stage}" + (f" ({node})" if node else "")
         yield {"ph": "M", "name": "process_name", "pid": stage, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": stage, "args": {"sort_index": stage}}
-        for line, words in ((_COMPUTES, "computes"), (_WAITS, "waits")):
+        for line, words in ((_COMPUTING, "computes"), (_WAITING, "waits")):
             yield {"ph": "M", "name": "thread_name", "pid": stage, "tid": line, "args": {"name": words}}
 
 
@@ -62,7 +63,7 @@ def _slices(steps: Sequence[StepRecord]) -> Iterator[dict[str, Any]]:
                     "name": _NAMES.get(action.name, action.name),
                     "cat": "simulated" if step.is_simulated else "measured",
                     "pid": stage.stage,
-                    "tid": _WAITS if action.name.startswith("w") else _COMPUTES,
+                    "tid": _WAITING if action.name in WAITS else _COMPUTING,
                     "ts": round((start_s + action.start_s) * 1e6, 1),
                     "dur": round((action.end_s - action.start_s) * 1e6, 1),
                     "args": {"step": step.step, "microbatch": action.microbatch},

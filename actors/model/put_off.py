@@ -7,36 +7,48 @@ added in the same order, so weights' gradients are the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 
+class Product(NamedTuple):
+    """A weight's gradient of one microbatch, yet to be made: its layer's input and its output's gradient."""
+
+    weight: nn.Parameter
+    input_XI: Tensor
+    grad_XO: Tensor
+
+    def made(self) -> Tensor:
+        """Return the gradient, [O, I], as autograd makes it."""
+        return self.grad_XO.t().mm(self.input_XI).to(self.weight.dtype)
+
+
 class PutOff:
-    """What the layers of one stage put off while it is open: a weight, its input and its output's gradient."""
+    """What the layers of one stage put off while it is open."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[nn.Parameter, Tensor, Tensor]] | None = None
+        self._products: list[Product] | None = None
 
     @property
     def is_open(self) -> bool:
-        return self._parts is not None
+        return self._products is not None
 
     def open(self) -> None:
         """From now on weight gradients are put off."""
-        self._parts = []
+        self._products = []
 
-    def close(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+    def close(self) -> list[Product]:
         """Return what was put off since it was opened."""
-        parts, self._parts = self._parts, None
-        assert parts is not None, "it was not open"
-        return parts
+        products, self._products = self._products, None
+        assert products is not None, "it was not open"
+        return products
 
-    def add(self, weight: nn.Parameter, input_XI: Tensor, grad_XO: Tensor) -> None:
-        assert self._parts is not None, "it is not open"
-        self._parts.append((weight, input_XI, grad_XO))
+    def add(self, product: Product) -> None:
+        assert self._products is not None, "it is not open"
+        self._products.append(product)
 
 
 class Linear(nn.Linear):
@@ -71,26 +83,21 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad_BTO,) = grads
         input_BTI, cast_OI = ctx.saved_tensors
-        grad_XO, input_XI = grad_BTO.flatten(0, -2), input_BTI.flatten(0, -2)
+        product = Product(ctx.weight, input_BTI.flatten(0, -2), grad_BTO.flatten(0, -2))
         grad_BTI = None
         if ctx.needs_input_grad[0]:
-            grad_BTI = grad_XO.mm(cast_OI).unflatten(0, grad_BTO.shape[:-1])
+            grad_BTI = product.grad_XO.mm(cast_OI).unflatten(0, grad_BTO.shape[:-1])
         if ctx.put_off.is_open:
-            ctx.put_off.add(ctx.weight, input_XI, grad_XO)
+            ctx.put_off.add(product)
             return grad_BTI, None, None
-        return grad_BTI, weight_gradient(input_XI, grad_XO).to(ctx.weight.dtype), None
+        return grad_BTI, product.made(), None
 
 
-def weight_gradient(input_XI: Tensor, grad_XO: Tensor) -> Tensor:
-    """Return a linear layer's weight gradient, [O, I], as autograd makes it."""
-    return grad_XO.t().mm(input_XI)
-
-
-def add_gradients(parts: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+def add_gradients(products: list[Product]) -> None:
     """Make the weight gradients that were put off and add each to what its weight has."""
     with torch.no_grad():
-        for weight, input_XI, grad_XO in parts:
-            grad_OI = weight_gradient(input_XI, grad_XO).to(weight.dtype)
+        for product in products:
+            weight, grad_OI = product.weight, product.made()
             if weight.grad is None:
                 weight.grad = grad_OI
             else:

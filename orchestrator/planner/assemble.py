@@ -69,7 +69,7 @@ def plan_of(option: Option, *, even_step_s: float | None) -> Plan:
         tokens_per_s=tokens_per_s,
         dollars_per_hour=dollars_per_hour,
         dollars_per_mtoken=dollars_per_hour / 3600 / tokens_per_s * 1e6,
-        binds=_binding_text(option, found, binding, [fleet.nodes[nodes[0]].node for nodes in placement.nodes]),
+        binds=_binding_text(option, binding, [fleet.nodes[nodes[0]].node for nodes in placement.nodes]),
         microbatch_size=work.batch.microbatch_size,
         num_microbatches=work.batch.num_microbatches,
         loss_share=math.nan if lost is None else lost,
@@ -157,8 +157,8 @@ def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int
     return chunk_bytes, window_bytes
 
 
-def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Sequence[str]) -> str:
-    """Return what binds, for people: "stage 2 (node-1)", "link 0 -> 1 (20 Mbit/s)", or a round trip."""
+def _binding_text(option: Option, binding: Binding, names: Sequence[str]) -> str:
+    """Return what binds, for people: "stage 2 (node-1)", "link 0 -> 1 (20 Mbit/s)", a way, or a round trip."""
     stage = binding.stage
     if binding.kind == "stage":
         return f"stage {stage} ({names[stage]})"
@@ -173,13 +173,8 @@ def _binding_text(option: Option, found: Evaluation, binding: Binding, names: Se
         p, q = (option.problem.place_N[node] for node in binding.nodes)
         shared_mbps = 8 * float(option.problem.shared_bytes_per_s_PP[p, q]) / BITS_PER_MEGABIT
         return f"what {cards[0].region} and {cards[1].region} share ({shared_mbps:,g} Mbit/s)"
-    last, trip_ms = binding.last, binding.seconds * 1e3
+    last = binding.last
+    trip = f"the round trip of {binding.seconds * 1e3:.0f} ms from stage {stage} ({names[stage]})"
     if last + 1 < len(names):
-        return (
-            f"the round trip of {trip_ms:.0f} ms from stage {stage} ({names[stage]}) to stage {last} ({names[last]}): "
-            f"1f1b lets {binding.count} microbatches through in one"
-        )
-    return (
-        f"the round trip of {trip_ms:.0f} ms from stage {stage} ({names[stage]}), with "
-        f"{binding.count} microbatches in flight"
-    )
+        return f"{trip} to stage {last} ({names[last]}): 1f1b lets {binding.count} microbatches through in one"
+    return f"{trip}, with {binding.count} microbatches in flight"

@@ -156,6 +156,7 @@ def round_trips(problem: Problem, placement: Placement, total_SR: list[list[floa
     And the part of that which is beyond the stage itself. By the slowest replica and the slowest link between replicas.
     With the backward split, the part that makes weight gradients is done while others are away, so it does not count.
     """
+    byte_s = problem.frame_byte_s_PP
     trips: list[float] = []
     beyond: list[float] = []
     trip_s = 0.0
@@ -173,8 +174,8 @@ def round_trips(problem: Problem, placement: Placement, total_SR: list[list[floa
             trip_s += max(
                 problem.delay_s_PP[p, q]
                 + problem.delay_s_PP[q, p]
-                + problem.forward_bytes_L[stage] * max(frame_byte_s(problem, p, q), ours.out, theirs.into)
-                + problem.backward_bytes_L[stage] * max(frame_byte_s(problem, q, p), theirs.out, ours.into)
+                + problem.forward_bytes_L[stage] * max(byte_s[p, q], ours.out, theirs.into)
+                + problem.backward_bytes_L[stage] * max(byte_s[q, p], theirs.out, ours.into)
                 for p, ours in here.items()
                 for q, theirs in there.items()
             )
@@ -182,12 +183,6 @@ def round_trips(problem: Problem, placement: Placement, total_SR: list[list[floa
         trip_s += max(seconds)
         trips.append(float(trip_s))
     return trips[::-1], beyond[::-1]
-
-
-def frame_byte_s(problem: Problem, source_place: int, target_place: int) -> float:
-    """Return the seconds of one byte of a frame that is alone on its way, but for its ends' own ways out and in."""
-    shared_bytes_per_s = problem.shared_bytes_per_s_PP[source_place, target_place]
-    return float(max(problem.byte_s_PP[source_place, target_place], 1 / shared_bytes_per_s))
 
 
 class _Ways(NamedTuple):
@@ -259,7 +254,10 @@ def _pace(use: LinkUse, seconds_SR: list[list[float]], shares: tuple[tuple[int, 
         [max(s, use.own_s(stage, node)) for node, s in zip(nodes[stage], seconds, strict=True)]
         for stage, seconds in enumerate(seconds_SR)
     ]
-    pace_s = min(_flow_s(use, busy_SR), _dealt_s(use, busy_SR))
+    pace_s = _dealt_s(use, busy_SR)
+    # A chain has but one way to be dealt.
+    if any(len(stage) > 1 for stage in nodes):
+        pace_s = min(pace_s, _flow_s(use, busy_SR))
     more_s = max(
         max((share - 1) * s for share, s in zip(split, seconds, strict=True))
         for split, seconds in zip(shares, seconds_SR, strict=True)
@@ -294,9 +292,6 @@ def _flow_s(use: LinkUse, busy_SR: list[list[float]]) -> float:
     nodes = use.placement.nodes
     links = [(s, i, j) for s in range(len(nodes) - 1) for i in range(len(nodes[s])) for j in range(len(nodes[s + 1]))]
     edge_s = [use.edge_s(s, nodes[s][i], nodes[s + 1][j]) for s, i, j in links]
-    if all(len(stage) == 1 for stage in nodes):
-        slowest_s = max(max(seconds) for seconds in busy_SR)
-        return max(slowest_s, *edge_s, use.shared_s([(s, nodes[s][0], nodes[s + 1][0], 1.0) for s, _, _ in links]))
     # Each replica is an edge from its way in to its way out.
     replicas = [(s, r) for s in range(len(nodes)) for r in range(len(nodes[s]))]
     ids = {replica: 2 + 2 * n for n, replica in enumerate(replicas)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, limits_of
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.plan import best_option, codec_sets, even_option, find
-from orchestrator.planner.problem import Problem
+from orchestrator.planner.problem import Floats, Problem
 
 _MOST_ADVICE = 3
 # Looked at: regions by themselves, those with the most to compute with first, and kinds of nodes that might be added.
@@ -72,13 +73,13 @@ def _single_regions(
     option: Option, fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
 ) -> Iterator[Alternative]:
     """Yield the best plan that stays within one region, where the plan itself does not."""
+    if len({option.fleet.nodes[node].region for node in option.placement.used}) == 1:
+        return
     speeds: dict[str, float] = {}
     for node, layer_s in zip(option.fleet.nodes, option.problem.layer_s_N.tolist(), strict=True):
         speeds[node.region] = speeds.get(node.region, 0.0) + 1 / layer_s
     regions = sorted(speeds, key=lambda region: -speeds[region])
     small = replace(config, evaluations=min(_REGION_EVALUATIONS, config.evaluations or _REGION_EVALUATIONS))
-    if len({option.fleet.nodes[node].region for node in option.placement.used}) == 1:
-        return
     inside: list[tuple[float, str, Option]] = []
     for region in regions[:_MOST_REGIONS]:
         try:
@@ -117,8 +118,8 @@ def _advice(option: Option, config: PlanConfig) -> list[str]:
         limits = replace(limits, max_replicas=1)
     now = score(option.problem, limits, option.placement, option.found)
     gains: list[tuple[float, str]] = []
+    small = replace(config, evaluations=min(_EVALUATIONS, config.evaluations or _EVALUATIONS))
     for change in _changes(option, limits):
-        small = replace(config, evaluations=min(_EVALUATIONS, config.evaluations or _EVALUATIONS))
         found = find(change.problem, small, change.limits, start=option.placement)
         # A plan that costs nothing cannot cost less.
         gain = now / found.score - 1 if found.score > 0 else 0.0
@@ -133,7 +134,7 @@ def _advice(option: Option, config: PlanConfig) -> list[str]:
 
 
 def _changes(option: Option, limits: Limits) -> Iterator[_WhatIf]:
-    """Yield one more node of each kind that the fleet has, a binding link of twice the rate, and half the delays."""
+    """Yield one more node of each kind that the fleet has, and more of what binds where that is no stage."""
     problem = option.problem
     kinds: dict[tuple[str, str], NodeCard] = {}
     # Those that the plan uses first.
@@ -145,31 +146,36 @@ def _changes(option: Option, limits: Limits) -> Iterator[_WhatIf]:
             words = f"one more {device} in {region}"
             yield _WhatIf(words, card.price_per_hour, _with_node(option, card), limits)
     binding = what_binds(problem, option.placement, option.found)
+    if binding.kind == "stage":
+        return
     cards = [option.fleet.nodes[node] for node in binding.nodes]
-    if binding.kind in ("link", "shared way"):
-        p, q = (int(problem.place_N[node]) for node in binding.nodes)
-        faster, shared = problem.byte_s_PP.copy(), problem.shared_bytes_per_s_PP.copy()
-        if binding.kind == "link":
-            faster[[p, q], [q, p]] /= 2
-            words = f"twice the rate between {cards[0].node} and {cards[1].node}"
-        else:
-            shared[[p, q], [q, p]] *= 2
-            words = f"twice what {cards[0].region} and {cards[1].region} share"
-        yield _WhatIf(words, 0.0, replace(problem, byte_s_PP=faster, shared_bytes_per_s_PP=shared), limits)
-    if binding.kind in ("uplink", "downlink"):
-        own = np.where(np.arange(problem.num_nodes) == binding.nodes[0], 0.5, 1.0)
-        doubled = (
-            replace(problem, uplink_byte_s_N=own * problem.uplink_byte_s_N)
-            if binding.kind == "uplink"
-            else replace(problem, downlink_byte_s_N=own * problem.downlink_byte_s_N)
-        )
-        yield _WhatIf(f"twice the {binding.kind} of {cards[0].node}", 0.0, doubled, limits)
-    if binding.kind == "round trip":
-        if problem.schedule == "1f1b":
-            yield _WhatIf("plan.schedule=bdp", 0.0, replace(problem, schedule="bdp"), limits)
-        else:
-            room = replace(problem, memory_bytes_N=2 * problem.memory_bytes_N)
-            yield _WhatIf("twice the memory", 0.0, room, limits)
+    places = problem.place_N[list(binding.nodes)]
+    both_ways = (places, places[::-1])
+    if binding.kind == "link":
+        words = f"twice the rate between {cards[0].node} and {cards[1].node}"
+        changed = replace(problem, byte_s_PP=_scaled(problem.byte_s_PP, both_ways, 0.5))
+    elif binding.kind == "shared way":
+        words = f"twice what {cards[0].region} and {cards[1].region} share"
+        shared = _scaled(problem.shared_bytes_per_s_PP, both_ways, 2.0)
+        changed = replace(problem, shared_bytes_per_s_PP=shared)
+    elif binding.kind == "uplink":
+        words = f"twice the uplink of {cards[0].node}"
+        changed = replace(problem, uplink_byte_s_N=_scaled(problem.uplink_byte_s_N, binding.nodes, 0.5))
+    elif binding.kind == "downlink":
+        words = f"twice the downlink of {cards[0].node}"
+        changed = replace(problem, downlink_byte_s_N=_scaled(problem.downlink_byte_s_N, binding.nodes, 0.5))
+    elif problem.schedule == "1f1b":
+        words, changed = "plan.schedule=bdp", replace(problem, schedule="bdp")
+    else:
+        words, changed = "twice the memory", replace(problem, memory_bytes_N=2 * problem.memory_bytes_N)
+    yield _WhatIf(words, 0.0, changed, limits)
+
+
+def _scaled(values: Floats, where: Any, factor: float) -> Floats:
+    """Return a copy in which some values are multiplied."""
+    values = values.copy()
+    values[where] *= factor
+    return values
 
 
 def _with_node(option: Option, card: NodeCard) -> Problem:

@@ -27,7 +27,8 @@ def kept_placement(problem: Problem, limits: Limits, fleet: Fleet, plan: Plan) -
         return None
     nodes = tuple(tuple(index[node] for node in stage.nodes if node in index) for stage in plan.stages)
     placement = Placement(bounds=bounds, nodes=nodes)
-    if all(nodes) or not placement.used:
-        return placement if placement.used else None
-    most = max(len(stage) for stage in nodes)
-    return healed(problem, limits, Searcher.of(problem, limits, max(1, most, limits.max_replicas)), placement)
+    if all(nodes):
+        return placement
+    # None of a stage's nodes is there any more: it gets one.
+    most = max(1, *(len(stage) for stage in nodes))
+    return healed(problem, limits, Searcher.of(problem, limits, most), placement)

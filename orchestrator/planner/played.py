@@ -17,7 +17,7 @@ from actors.list_schedule import Limits as Windows
 from actors.list_schedule import dispatched
 from actors.play import PipelineTimes, play
 from actors.schedule import Action, stage_actions
-from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s, frame_byte_s
+from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.problem import Placement, Problem
 
@@ -103,9 +103,11 @@ def _times(problem: Problem, placement: Placement) -> PipelineTimes:
     ends = [(problem.place_N[a], problem.place_N[b]) for a, b in pairwise(nodes)]
     down_L, up_L = problem.forward_bytes_L, problem.backward_bytes_L
 
+    byte_s = problem.frame_byte_s_PP
+
     def way_s(source: int, target: int) -> float:
         own_s = max(problem.uplink_byte_s_N[source], problem.downlink_byte_s_N[target])
-        return max(frame_byte_s(problem, problem.place_N[source], problem.place_N[target]), own_s)
+        return max(byte_s[problem.place_N[source], problem.place_N[target]], own_s)
 
     return PipelineTimes(
         forward_s_S=tuple(forward_s(problem, node, *span) for node, span in zip(nodes, spans, strict=True)),

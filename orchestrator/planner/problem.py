@@ -80,6 +80,11 @@ class Problem:
         return len(self.delay_s_PP)
 
     @property
+    def frame_byte_s_PP(self) -> Floats:
+        """Seconds of one byte of a frame that is alone on its way, but for its ends' own ways out and in."""
+        return np.maximum(self.byte_s_PP, 1 / self.shared_bytes_per_s_PP)
+
+    @property
     def layer_s_N(self) -> Floats:
         """Forward and backward of one layer."""
         return self.layer_forward_s_N + self.layer_backward_s_N

@@ -140,7 +140,7 @@ def make_tables(problem: Problem) -> Tables:
         problem.downlink_byte_s_N,
         problem.price_N,
     )
-    pairs = (problem.delay_s_PP, problem.byte_s_PP, problem.shared_bytes_per_s_PP, _frame_byte_s_PP(problem))
+    pairs = (problem.delay_s_PP, problem.byte_s_PP, problem.shared_bytes_per_s_PP, problem.frame_byte_s_PP)
     state = (
         problem.layer_state_bytes,
         problem.first_state_bytes,
@@ -170,15 +170,11 @@ def link_seconds(problem: Problem) -> Floats:
     """Return how long a microbatch's frames take from each node to each other and back."""
     near = np.ix_(problem.place_N, problem.place_N)
     own_s_NN = np.maximum(problem.uplink_byte_s_N[:, None], problem.downlink_byte_s_N[None, :])
-    byte_s_NN = np.maximum(_frame_byte_s_PP(problem)[near], own_s_NN)
+    byte_s_NN = np.maximum(problem.frame_byte_s_PP[near], own_s_NN)
     delay_s_NN = problem.delay_s_PP[near]
     there_s_NN = delay_s_NN + problem.forward_bytes_L[0] * byte_s_NN
     back_s_NN = delay_s_NN + problem.backward_bytes_L[0] * byte_s_NN
     return there_s_NN + back_s_NN.T
-
-
-def _frame_byte_s_PP(problem: Problem) -> Floats:
-    return np.maximum(problem.byte_s_PP, 1 / problem.shared_bytes_per_s_PP)
 
 
 def _nearest(problem: Problem) -> Ints:

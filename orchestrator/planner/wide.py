@@ -128,7 +128,7 @@ class _Wide:
         own_S = self.most(total_K)
         seconds_S = own_S.copy()
         delay_s = problem.delay_s_PP + problem.delay_s_PP.T
-        byte_s = np.maximum(problem.byte_s_PP, 1 / problem.shared_bytes_per_s_PP)
+        byte_s = problem.frame_byte_s_PP
         out_SP, into_SP = self._slowest(problem.uplink_byte_s_N), self._slowest(problem.downlink_byte_s_N)
         for stages in self._batches():
             after = stages + 1

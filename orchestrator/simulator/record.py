@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.spec import ActionTime
+from actors.spec import WAITS, ActionTime
 from orchestrator.records import LinkRecord, StageRecord, StepRecord
 from orchestrator.simulator.kernel import BACKWARD, FORWARD, WEIGHT
 from orchestrator.simulator.step import StepSimulation
@@ -66,7 +66,7 @@ def stage_records(
             StageRecord(
                 stage=int(simulation.stage_U[u]),
                 compute_s=float(simulation.compute_s_U[u]),
-                wait_s=sum(a.end_s - a.start_s for a in actions if a.name in ("wF", "wB")),
+                wait_s=sum(a.end_s - a.start_s for a in actions if a.name in WAITS),
                 idle_share=float(simulation.idle_share_U[u]),
                 peak_memory_bytes=int(simulation.memory_bytes_U[u]),
                 actions=actions if with_actions else (),
