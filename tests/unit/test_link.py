@@ -1,169 +1,49 @@
 """A link over carriers in memory: what arrives, what is repeated, and when it gives up."""
 
-import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from actors.codecs import CODECS
-from actors.errors import FrameUnexpected, IsthmusError, PeerError, PeerLost, PeerTimeout, StageError
-from actors.frame import FrameHeader, WireDtype, parse_chunk, wire_bytes
-from actors.link import Link, LinkSettings
-from actors.mailbox import Expectation, Mailbox, Receipt, Verdict
+from actors.errors import FrameUnexpected, PeerError, PeerLost, PeerTimeout, StageError
+from actors.frame import wire_bytes
+from actors.mailbox import Receipt, Verdict
 from actors.spec import Kind, LinkCount
-
-SHAPE = (2, 16, 32)
-FRAME_BYTES = 4096
-CHUNK_BYTES = 1024
-NUM_MICROBATCHES = 8
-# No test waits so long unless it fails.
-PATIENCE_S = 10.0
-
-Answer = Receipt | IsthmusError | None
-ACCEPTED, BUSY = Receipt(Verdict.ACCEPTED), Receipt(Verdict.BUSY)
+from tests.link_ends import (
+    ACCEPTED,
+    BUSY,
+    CHUNK_BYTES,
+    FRAME_BYTES,
+    NUM_MICROBATCHES,
+    PATIENCE_S,
+    Answer,
+    Into,
+    Scripted,
+    Sender,
+    counted,
+    open_mailbox,
+    open_sender,
+    poll_until,
+    quicken_repeats,
+    send,
+    take,
+    tensor_of,
+)
 
 
 @pytest.fixture(autouse=True)
 def quick_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.link._ERROR_RETRY_S", 0.01)
-    monkeypatch.setattr("actors.link._BUSY_RETRY_S", 0.002)
-    monkeypatch.setattr("actors.link._MAX_BUSY_RETRY_S", 0.008)
-
-
-class Scripted:
-    """A carrier that answers each push as `answer(header, attempt)` says; None: never."""
-
-    def __init__(self, answer: Callable[[FrameHeader, int], Answer]) -> None:
-        self.peer = "stage 1 on node-1"
-        self.pushed: queue.Queue[tuple[FrameHeader, Future[Receipt]]] = queue.Queue()
-        self._answer = answer
-        self._attempts: Counter[tuple[int, int]] = Counter()
-
-    def push(self, chunk: bytes) -> Future[Receipt]:
-        header, _ = parse_chunk(chunk)
-        self._attempts[header.microbatch, header.chunk] += 1
-        answer = self._answer(header, self._attempts[header.microbatch, header.chunk])
-        future: Future[Receipt] = Future()
-        self.pushed.put((header, future))
-        if isinstance(answer, Receipt):
-            future.set_result(answer)
-        elif answer is not None:
-            future.set_exception(answer)
-        return future
-
-    def next_pushed(self) -> tuple[FrameHeader, Future[Receipt]]:
-        return self.pushed.get(timeout=PATIENCE_S)
-
-
-class Into:
-    """A carrier into a mailbox from several threads, so that chunks overtake one another; it notes the verdicts."""
-
-    def __init__(self, mailbox: Mailbox, loses_ack: Callable[[FrameHeader, int], bool] = lambda h, a: False) -> None:
-        self.peer = "stage 1 on node-1"
-        self.verdicts: Counter[Verdict] = Counter()
-        self.pool = ThreadPoolExecutor(3)
-        self._mailbox = mailbox
-        self._loses_ack = loses_ack
-        self._attempts: Counter[tuple[int, int]] = Counter()
-        self._lock = threading.Lock()
-
-    def push(self, chunk: bytes) -> Future[Receipt]:
-        header, _ = parse_chunk(chunk)
-        self._attempts[header.microbatch, header.chunk] += 1
-        delivered = self.pool.submit(self._deliver, chunk)
-        return Future() if self._loses_ack(header, self._attempts[header.microbatch, header.chunk]) else delivered
-
-    def _deliver(self, chunk: bytes) -> Receipt:
-        receipt = self._mailbox.offer(chunk)
-        with self._lock:
-            self.verdicts[receipt.verdict] += 1
-        return receipt
-
-
-class Sender:
-    """Makes links, closes them after the test, and gathers what they report."""
-
-    def __init__(self) -> None:
-        self.failures: queue.Queue[tuple[int, IsthmusError]] = queue.Queue()
-        self.links: list[Link] = []
-
-    def link(
-        self,
-        carrier: Scripted | Into,
-        *,
-        window_bytes: int = 1 << 20,
-        ack_s: float = PATIENCE_S,
-        give_up_s: float = PATIENCE_S,
-        target: int = 1,
-        canary_every: int = 0,
-    ) -> Link:
-        settings = LinkSettings(
-            run="demo",
-            source=0,
-            target=target,
-            chunk_bytes=CHUNK_BYTES,
-            window_bytes=window_bytes,
-            ack_s=ack_s,
-            give_up_s=give_up_s,
-            canary_every=canary_every,
-        )
-        self.links.append(Link(settings, carrier, lambda generation, error: self.failures.put((generation, error))))
-        return self.links[-1]
-
-    def failure(self, generation: int = 1) -> IsthmusError:
-        """The next failure, which must be of this generation."""
-        failed, error = self.failures.get(timeout=PATIENCE_S)
-        assert failed == generation
-        return error
+    quicken_repeats(monkeypatch)
 
 
 @pytest.fixture
 def sender() -> Iterator[Sender]:
-    made = Sender()
-    yield made
-    for link in made.links:
-        link.close()
-
-
-def tensor_of(microbatch: int) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(microbatch))
-
-
-def send(link: Link, microbatch: int, *, generation: int = 1, codec: str = "none") -> None:
-    link.send(
-        tensor_of(microbatch), CODECS[codec], Kind.ACTIVATION, generation=generation, step=0, microbatch=microbatch
-    )
-
-
-def open_mailbox(window: int = NUM_MICROBATCHES, codec: str = "none") -> Mailbox:
-    expected = Expectation(
-        kind=Kind.ACTIVATION, source=0, codec=codec, dtype=WireDtype.FLOAT32, shape=SHAPE, window=window
-    )
-    mailbox = Mailbox("demo", 1, NUM_MICROBATCHES, (expected,))
-    mailbox.open(1, 0)
-    return mailbox
-
-
-def take(mailbox: Mailbox, microbatch: int) -> torch.Tensor:
-    return mailbox.take(Kind.ACTIVATION, microbatch, timeout_s=PATIENCE_S, monotonic=time.monotonic)
-
-
-def poll_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
-
-
-def counted(link: Link) -> tuple[int, int, int]:
-    (count,) = link.drain_counts()
-    assert (count.source_stage, count.target_stage, count.kind) == (0, 1, Kind.ACTIVATION)
-    return count.num_frames, count.raw_bytes, count.wire_bytes
+    with open_sender() as made:
+        yield made
 
 
 @pytest.mark.parametrize("codec", ["none", "bf16"])
@@ -395,53 +275,6 @@ def test_counts_are_of_each_kind_since_the_last_look(sender: Sender) -> None:
         count(Kind.EVAL_ACTIVATION, 1, FRAME_BYTES, wire_bytes(FRAME_BYTES, CHUNK_BYTES)),
     }
     assert link.drain_counts() == ()
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Comparisons of canaries wait until it is set."""
-    opened = threading.Event()
-
-    def compare_once_open(*compared: object) -> tuple[float, float]:
-        assert opened.wait(PATIENCE_S)
-        return 0.25, 0.75
-
-    monkeypatch.setattr("actors.encoding.compare", compare_once_open)
-    return opened
-
-
-def test_canaries_are_drained_once_all_of_them_are_read(sender: Sender, gate: threading.Event) -> None:
-    carrier = Scripted(lambda header, attempt: ACCEPTED)
-    link = sender.link(carrier, canary_every=1)
-    send(link, 0)
-    # The frame does not wait for its comparison.
-    assert carrier.next_pushed()[0].microbatch == 0
-    with pytest.raises(PeerTimeout, match=r"stage 1 on node-1 were not encoded within 0\.01 s"):
-        link.drain_canaries(0.01)
-    with ThreadPoolExecutor(1) as pool:
-        drained = pool.submit(link.drain_canaries, PATIENCE_S)
-        gate.set()
-        (reading,) = drained.result(timeout=PATIENCE_S)
-    assert (reading.step, reading.codec, reading.relative_error, reading.cosine) == (0, "none", 0.25, 0.75)
-    assert link.drain_canaries(PATIENCE_S) == ()
-
-
-def test_a_step_that_is_tried_again_tells_each_canary_once(sender: Sender, gate: threading.Event) -> None:
-    gate.set()
-    link = sender.link(Scripted(lambda header, attempt: ACCEPTED), canary_every=1)
-    send(link, 0, generation=1)
-    send(link, 0, generation=2)
-    assert len(link.drain_canaries(PATIENCE_S)) == 1
-
-
-def test_a_closed_link_has_no_canaries_to_wait_for(sender: Sender, gate: threading.Event) -> None:
-    link = sender.link(Scripted(lambda header, attempt: ACCEPTED), canary_every=1, ack_s=0.01)
-    send(link, 0)
-    with ThreadPoolExecutor(1) as pool:
-        drained = pool.submit(link.drain_canaries, PATIENCE_S)
-        link.close()
-        assert drained.result(timeout=PATIENCE_S / 2) == ()
-    gate.set()
 
 
 def test_close_ends_the_thread_and_drops_what_is_queued(sender: Sender) -> None:
