@@ -19,7 +19,7 @@ from orchestrator.planner.plan import find, make_plan
 from orchestrator.planner.problem import Placement
 from tests.part_times import part_times
 from tests.planner_problems import uniform_problem
-from tests.unit.test_planner import MODEL, WORK, fleet, link, need, node, plan
+from tests.small_fleets import MODEL, WORK, fleet, link, need, node, plan
 
 THREE = Placement(bounds=(0, 1, 2, 3), nodes=((0,), (1,), (2,)))
 PAIRS = Placement(bounds=(0, 2, 3), nodes=((0, 1), (2,)))

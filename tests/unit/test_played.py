@@ -10,12 +10,19 @@ from orchestrator.planner.binding import Binding, what_binds
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.objective import Limits
 from orchestrator.planner.played import played_step_s, polished
-from orchestrator.planner.problem import Placement
+from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.search import search
 from orchestrator.simulator.step import simulate_step
 from tests.planner_problems import random_problem, uniform_problem
 
 FOUR = Placement(bounds=(0, 1, 2, 3, 4), nodes=((0,), (1,), (2,), (3,)))
+
+
+def random_chain(rng: np.random.Generator, problem: Problem) -> Placement:
+    """All of the nodes in any order, cut anywhere."""
+    cuts = sorted(rng.choice(np.arange(1, problem.num_layers), problem.num_nodes - 1, replace=False).tolist())
+    nodes = tuple((int(node),) for node in rng.permutation(problem.num_nodes))
+    return Placement(bounds=(0, *cuts, problem.num_layers), nodes=nodes)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
@@ -61,9 +68,9 @@ def test_the_closed_form_of_uneven_chains_under_1f1b_is_near_what_plays() -> Non
     over = []
     for seed in range(80):
         rng = np.random.default_rng(seed)
-        num_nodes, num_layers = int(rng.integers(3, 9)), 12
+        num_nodes = int(rng.integers(3, 9))
         problem = random_problem(
-            seed, num_nodes=num_nodes, num_layers=num_layers, num_microbatches=int(rng.integers(num_nodes, 64))
+            seed, num_nodes=num_nodes, num_layers=12, num_microbatches=int(rng.integers(num_nodes, 64))
         )
         free = np.zeros(num_nodes)
         problem = replace(
@@ -72,9 +79,7 @@ def test_the_closed_form_of_uneven_chains_under_1f1b_is_near_what_plays() -> Non
             downlink_byte_s_N=free,
             delay_s_PP=problem.delay_s_PP * rng.choice([0.1, 1, 3]),
         )
-        cuts = sorted(rng.choice(np.arange(1, num_layers), num_nodes - 1, replace=False).tolist())
-        nodes = tuple((int(node),) for node in rng.permutation(num_nodes))
-        chain = Placement(bounds=(0, *cuts, num_layers), nodes=nodes)
+        chain = random_chain(rng, problem)
         found = evaluate(problem, chain)
         over.append(played_step_s(problem, chain, found) / found.step_s)
     assert np.median(over) == pytest.approx(1.0, abs=0.02)
@@ -118,9 +123,7 @@ def test_narrow_ways_out_and_shared_ones_take_what_the_simulator_says(schedule, 
             shared=shared,
         )
         problem = replace(problem, memory_bytes_N=problem.memory_bytes_N * 100)
-        cuts = sorted(rng.choice(np.arange(1, 12), num_nodes - 1, replace=False).tolist())
-        nodes = tuple((int(node),) for node in rng.permutation(num_nodes))
-        chain = Placement(bounds=(0, *cuts, 12), nodes=nodes)
+        chain = random_chain(rng, problem)
         found = evaluate(problem, chain)
         simulated_s = simulate_step(problem, chain, wire).step_s
         over.append(simulated_s / (played_step_s(problem, chain, found) - found.commit_s))
