@@ -27,8 +27,7 @@ import numpy as np
 
 from actors.fleet_spec import Fleet
 from actors.spec import Plan
-from actors.store import open_store
-from actors.token_shards import SPLITS, DataManifest, ShardWriter
+from bench.random_tokens import write_random_tokens
 from bench.record import parse_arguments, save
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.events import decode, read_history
@@ -112,29 +111,6 @@ class Real:
         return simulate_step(
             problem, placement, self.config.wire, overheads=overheads, codecs=self.codecs, driver=self.driver
         )
-
-
-def write_data(folder: Path) -> None:
-    """Write random tokens: what is learnt does not matter here."""
-    tokens = np.random.default_rng(1).integers(1, VOCAB_SIZE, size=300_000)
-    shards = []
-    for split, part in zip(SPLITS, (tokens[:-20_000], tokens[-20_000:]), strict=True):
-        writer = ShardWriter(open_store(str(folder)), split, "uint16", len(part))
-        writer.append(part)
-        shards += writer.close()
-    manifest = DataManifest(
-        version=1,
-        dtype="uint16",
-        vocab_size=VOCAB_SIZE,
-        eos_id=0,
-        tokenizer_sha256="0" * 64,
-        options_sha256="0" * 64,
-        source="random tokens",
-        num_documents=1,
-        unigram_loss=0.0,
-        shards=tuple(shards),
-    )
-    open_store(str(folder)).put("manifest.json", manifest.to_json())
 
 
 def train_really(case: Case, folder: Path) -> Real:
@@ -264,7 +240,7 @@ def run(quick: bool) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     calibrating: list[Real] = []
     with tempfile.TemporaryDirectory() as scratch:
-        write_data(Path(scratch) / "data")
+        write_random_tokens(Path(scratch) / "data", VOCAB_SIZE)
         for case in CASES:
             if quick and case.name not in QUICK:
                 continue

@@ -31,13 +31,13 @@ from types import TracebackType
 from typing import Any
 
 from actors.errors import IsthmusError
+from tests.lab.cpushare import PROCESSES, cgroup, cpu_share, join
 
 SWITCH_SOURCE = File(__file__).with_name("wanswitch.c")
 TUN_DEVICE = File("/dev/net/tun")
 NAMESPACES = File("/run/netns")
 FOLDERS = File("/tmp")  # not TMPDIR: what lies inside holds unix sockets, whose paths end at 107 characters
 SYSCTLS = File("/proc/sys/net/ipv4")
-CPU_PERIOD_US = 20_000
 TIMEOUT_S = 10.0  # for every wait on the switch, the kernel or a killed process: each takes milliseconds
 POLL_S = 0.02
 
@@ -59,14 +59,15 @@ class Path:
 class Host:
     """A host: its link to the network (0: unlimited), its cores (0: all), its TCP congestion control.
 
-    `cpus` is a share of this machine's cores, 0.25 for a quarter of one; an empty `congestion_control`
-    keeps the kernel's default.
+    `cpus` is a share of this machine's cores, 0.25 for a quarter of one; it binds all that runs on the host, or
+    without `binds_all` only what `WanLab.bind` names. An empty `congestion_control` keeps the kernel's default.
     """
 
     uplink_mbps: float = 0.0
     downlink_mbps: float = 0.0
     cpus: float = 0.0
     congestion_control: str = ""
+    binds_all: bool = True
 
 
 def missing() -> str:
@@ -88,9 +89,9 @@ def missing() -> str:
 
 def missing_for_cpus() -> str:
     """What this machine lacks for `Host.cpus`, as the reason for a skip; empty where shares are enforced."""
-    probe = _cgroup(_probe_name())
+    probe = cgroup(_probe_name())
     try:
-        with _cpu_share(probe, 0.5):
+        with cpu_share(probe, 0.5):
             return ""
     except OSError as error:
         return f"a writable cpu cgroup is missing: {error}"
@@ -124,13 +125,13 @@ class WanLab:
         with ExitStack() as stack:
             self.folder = File(tempfile.mkdtemp(prefix=f"wanlab-{os.getpid()}-", dir=FOLDERS))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self._netns = [f"{self.folder.name}-{host}" for host in range(len(self.hosts))]
+            self.netns = [f"{self.folder.name}-{host}" for host in range(len(self.hosts))]
             # Networks of two labs never meet; subnets differ so that logs and captures tell them apart.
             mark = zlib.crc32(self.folder.name.encode())
             self._subnet = f"10.{mark >> 8 & 255}.{mark & 255}"
-            for name, host in zip(self._netns, self.hosts, strict=True):
+            for name, host in zip(self.netns, self.hosts, strict=True):
                 if host.cpus:
-                    stack.enter_context(_cpu_share(_cgroup(name), host.cpus))
+                    stack.enter_context(cpu_share(cgroup(name), host.cpus))
                 _ip("netns", "add", name)
                 stack.callback(_delete_netns, name)
             self._switch = self._start_switch()
@@ -167,7 +168,7 @@ class WanLab:
     def open_socket(self, host: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
         """An IPv4 socket of this process that lives on a host's network."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/thread-self/ns/net") as home, open(NAMESPACES / self._netns[host]) as there:
+        with open("/proc/thread-self/ns/net") as home, open(NAMESPACES / self.netns[host]) as there:
             # A socket stays in the namespace where it is made, and only this thread moves.
             if libc.setns(there.fileno(), 0):
                 raise OSError(ctypes.get_errno(), "setns into the host's network")
@@ -179,7 +180,11 @@ class WanLab:
 
     def pids(self, host: int) -> list[int]:
         """Every process on a host, daemons included."""
-        return _pids(self._netns[host])
+        return _pids(self.netns[host])
+
+    def bind(self, host: int, pid: int) -> None:
+        """Let a process, with all its threads and whatever it starts from now on, have the host's cores only."""
+        join(cgroup(self.netns[host]), pid)
 
     def power_off(self, host: int) -> None:
         """Kill every process on a host at once; cut it first where peers are to see silence, not resets."""
@@ -222,18 +227,18 @@ class WanLab:
         return counts
 
     def _inside(self, host: int, command: Sequence[str]) -> list[str]:
-        inside = ["ip", "netns", "exec", self._netns[host], *command]
-        if not self.hosts[host].cpus:
+        inside = ["ip", "netns", "exec", self.netns[host], *command]
+        if not self.hosts[host].cpus or not self.hosts[host].binds_all:
             return inside
         # The shell joins the cgroup, then becomes the command: nothing runs outside its share.
         enter = 'echo $$ > "$0" && exec "$@"'
-        return ["sh", "-c", enter, str(_cgroup(self._netns[host]) / "cgroup.procs"), *inside]
+        return ["sh", "-c", enter, str(cgroup(self.netns[host]) / PROCESSES), *inside]
 
     def _start_switch(self) -> subprocess.Popen[bytes]:
         program = self.folder / "wanswitch"
         subprocess.run(["gcc", "-O2", "-o", program, SWITCH_SOURCE], check=True, timeout=60)
         pipe = subprocess.PIPE
-        switch = subprocess.Popen([program, *self._netns], bufsize=0, stdin=pipe, stdout=pipe)
+        switch = subprocess.Popen([program, *self.netns], bufsize=0, stdin=pipe, stdout=pipe)
         with suppress(PermissionError):
             # Before all else on this machine, where that is allowed: a switch that comes late is a slower network.
             os.sched_setscheduler(switch.pid, os.SCHED_RR, os.sched_param(1))
@@ -246,7 +251,7 @@ class WanLab:
             pipe.close()
 
     def _bring_up(self, host: int) -> None:
-        inside = ("-n", self._netns[host])
+        inside = ("-n", self.netns[host])
         _ip(*inside, "link", "set", "lo", "up")
         _ip(*inside, "link", "set", "wan0", "address", f"02:00:00:00:00:{host + 1:02x}")
         _ip(*inside, "addr", "add", f"{self.address(host)}/24", "dev", "wan0")
@@ -311,7 +316,7 @@ def sweep() -> None:
         else:
             _delete_netns(path.name)
             with suppress(OSError):  # it had none, or another lab is sweeping too
-                _cgroup(path.name).rmdir()
+                cgroup(path.name).rmdir()
 
 
 def _probe_name() -> str:
@@ -353,11 +358,6 @@ def _kill(find: Callable[[], Iterable[int]], whose: str) -> None:
         time.sleep(POLL_S)
 
 
-def _cgroup(netns: str) -> File:
-    root, v1 = File("/sys/fs/cgroup"), File("/sys/fs/cgroup/cpu")
-    return (v1 if v1.is_dir() else root) / netns
-
-
 @contextmanager
 def _allowed(congestion_control: str) -> Iterator[None]:
     """Namespaces may choose only what the kernel allows everyone; once chosen it stays, allowed or not."""
@@ -371,30 +371,3 @@ def _allowed(congestion_control: str) -> Iterator[None]:
         yield
     finally:
         setting.write_text(before)
-
-
-@contextmanager
-def _cpu_share(group: File, cpus: float) -> Iterator[None]:
-    """A cgroup (v1 or v2) that may use so many cores, and gets them before those outside of any such group.
-
-    Its processes must have ended before it does.
-    """
-    group.mkdir()
-    try:
-        quota_us = int(cpus * CPU_PERIOD_US)
-        v1 = {"cpu.cfs_period_us": f"{CPU_PERIOD_US}", "cpu.cfs_quota_us": f"{quota_us}", "cpu.shares": "262144"}
-        v2 = {"cpu.max": f"{quota_us} {CPU_PERIOD_US}", "cpu.weight": "10000"}
-        for name, value in (v2 if (group / "cpu.max").exists() else v1).items():
-            with open(group / name, "r+") as setting:  # never creates: without a controller, no file
-                setting.write(value)
-        yield
-    finally:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while True:
-            try:
-                group.rmdir()
-                break
-            except OSError:  # busy until the kernel has buried its last process
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(POLL_S)

@@ -1,0 +1,125 @@
+"""The cases of bench.wan: which hosts, which paths, which codecs, and what must be shown of each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from actors.model.spec import ModelSpec
+
+MODEL = ModelSpec(
+    vocab_size=4096, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, ffn_size=1408, max_positions=256
+)
+BATCH = {"seq_len": 256, "microbatch_size": 2, "num_microbatches": 32}
+QUICK_MICROBATCHES = 8
+EQUAL = (0.3, 0.3, 0.3, 0.3)
+THIN_MBPS, FAST_MBPS = 4.0, 100.0
+
+# What a link is allowed to lose: nothing but the rounding of q8; or what hq4 both ways costs.
+Q8, HQ4 = ("q8", "q8"), ("hq4", "hq4-stochastic")
+NONE = ("none", "none")
+HQ4_Q8 = ("hq4", "q8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What joins two hosts, each way: Mbit/s (0: unlimited), one-way milliseconds, lost share of frames."""
+
+    rate_mbps: float = 0.0
+    delay_ms: float = 0.0
+    loss: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    route: Route
+    # Forward and backward codec of every link; the first is what the bounds are about.
+    codecs: tuple[tuple[str, str], ...]
+    cpus: tuple[float, ...] = EQUAL
+    num_layers: int = MODEL.num_layers
+    congestion_control: str = "cubic"
+    # Hosts of one region are joined by `near` instead; by default each is one of its own.
+    regions: tuple[int, ...] = (0, 1, 2, 3)
+    near: Route = Route()
+    # Layers of each stage; None: as the planner cuts.
+    split: tuple[int, ...] | None = None
+    # At least these shares of what the schedule allows when all overlaps and of the unshaped rate; at least so many
+    # times torch's rate.
+    of_limit: float | None = None
+    of_unshaped: float | None = None
+    of_torch: float | None = None
+    # Also run with every link raw, and over torch.
+    has_none: bool = True
+    has_torch: bool = True
+    # Also run with layers cut evenly.
+    has_even: bool = False
+    bounds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.cpus)
+
+    @property
+    def model(self) -> ModelSpec:
+        return replace(MODEL, num_layers=self.num_layers)
+
+    def route_between(self, source: int, target: int) -> Route:
+        return self.near if self.regions[source] == self.regions[target] else self.route
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a result depends on: another of these is another result."""
+        return {**asdict(self), "model": asdict(self.model)}
+
+
+CASES = (
+    Case(name="unshaped", route=Route(), codecs=(NONE,), of_torch=1.0, has_none=False),
+    Case(name="20-25", route=Route(rate_mbps=20, delay_ms=25), codecs=(Q8,), of_limit=0.97, of_unshaped=0.95),
+    Case(
+        name="4-25",
+        route=Route(rate_mbps=THIN_MBPS, delay_ms=25),
+        codecs=(HQ4, HQ4_Q8),
+        of_limit=0.95,
+        of_unshaped=0.88,
+        of_torch=4.0,
+    ),
+    Case(name="2-25", route=Route(rate_mbps=2, delay_ms=25), codecs=(HQ4,), of_limit=0.93, of_torch=6.0),
+    Case(name="4-100", route=Route(rate_mbps=THIN_MBPS, delay_ms=100), codecs=(HQ4,), of_limit=0.93),
+    Case(
+        name="20-25-loss-bbr",
+        route=Route(rate_mbps=20, delay_ms=25, loss=0.01),
+        codecs=(Q8,),
+        congestion_control="bbr",
+        has_none=False,
+        has_torch=False,
+        # Of the same without loss, which is run beside it.
+        bounds={"of_lossless": 0.85},
+    ),
+    Case(
+        name="20-25-loss-cubic",
+        route=Route(rate_mbps=20, delay_ms=25, loss=0.01),
+        codecs=(Q8,),
+        has_none=False,
+        has_torch=False,
+    ),
+    Case(
+        name="two-regions",
+        route=Route(rate_mbps=THIN_MBPS, delay_ms=25),
+        codecs=(HQ4,),
+        regions=(0, 0, 1, 1),
+        of_limit=0.95,
+    ),
+    Case(
+        name="uneven",
+        route=Route(rate_mbps=FAST_MBPS, delay_ms=5),
+        codecs=(Q8,),
+        cpus=(0.6, 0.4, 0.25, 0.15),
+        num_layers=16,
+        has_none=False,
+        has_even=True,
+        bounds={"of_certified": 0.90, "of_even": 1.5},
+    ),
+)
+QUICK = ("20-25", "4-25")

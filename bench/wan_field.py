@@ -1,0 +1,266 @@
+"""Where a case of bench.wan runs: a lab with Ray and torch's ranks on the same hosts, one of them at work at a time.
+
+A host's cores bind what computes: Isthmus's node actors and torch's ranks. Ray's daemons, the driver and the switch
+run beside them, and what they take is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
+
+from actors.fleet_spec import Fleet
+from actors.spec import Plan
+from bench.wan_cases import BATCH, Case, Route
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.environment import RAY_SETTINGS
+from orchestrator.events import History, decode, read_history
+from orchestrator.runfolder import RunFolder
+from tests.lab.cpushare import cpu_s
+from tests.lab.raycluster import REPOSITORY, RayCluster
+from tests.lab.wanlab import NAMESPACES, Host, LabError, Path, WanLab
+
+START_TIMEOUT_S = 240.0
+SAMPLE_S = 0.5
+TORCH_PORT = 29_500
+# What Ray names a process whose actor is one of ours.
+ACTOR_TITLE = b"ray::NodeActor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run of Isthmus left, and what its processes took of the cores, as shares of one."""
+
+    history: History
+    plan: Plan
+    fleet: Fleet
+    config: RunConfig
+    driver_share: float
+    actors_share: float
+    # Ray's own processes on all hosts, and whatever else runs there.
+    daemons_share: float
+
+
+class Field:
+    """The hosts of a case with everything that runs on them."""
+
+    def __init__(self, case: Case, num_microbatches: int, folder: File, lab: WanLab, cluster: RayCluster) -> None:
+        self.case = case
+        self.num_microbatches = num_microbatches
+        self._folder = folder
+        self.lab = lab
+        self._cluster = cluster
+        self._split = case.split or even_split(case.num_layers, case.num_stages)
+        self._torch: TorchRanks | None = None
+
+    @property
+    def data(self) -> File:
+        return self._folder / "data"
+
+    def route(self, route: Route | None) -> None:
+        """Join hosts of different regions by this route; None: everything is unlimited."""
+        for source in range(self.case.num_stages):
+            for target in range(self.case.num_stages):
+                if source < target:
+                    self.lab.set_path(source, target, _path(self.case, source, target, route))
+
+    def run(self, name: str, words: Sequence[str], *, num_steps: int, timeout_s: float) -> Run:
+        """Run Isthmus, and return what it left; raises LabError where it fails."""
+        folder = RunFolder(self._folder / "runs" / name)
+        command = [
+            *("-m", "orchestrator.cli", "train", "--address", self._cluster.address),
+            *self._common_words(),
+            *(f"name={name}", f"train.steps={num_steps}"),
+            *words,
+        ]
+        driver = self._cluster.start_driver(command)
+        watch = Watch(self.lab, driver.pid, folder.events)
+        with watch.watching():
+            try:
+                said = driver.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                driver.kill()
+                said = driver.communicate()
+        if driver.returncode:
+            raise LabError(f"{name} of {self.case.name} failed: {' '.join(said)[-1500:].strip()}", "run it again")
+        return Run(
+            history=read_history(folder.events),
+            plan=decode(Plan, json.loads(folder.plan.read_text())),
+            fleet=decode(Fleet, json.loads(folder.fleet.read_text())),
+            config=parse_config(folder.config.read_text()),
+            **watch.shares(),
+        )
+
+    def torch_step(self, schedule: str, step: int, num_microbatches: int, timeout_s: float) -> dict[str, Any]:
+        """Run one step over torch's ranks; its seconds are from the first rank's start to the last one's end."""
+        if self._torch is None:
+            self._torch = TorchRanks(self.lab, self.case, self._split, self.data)
+        order = {"schedule": schedule, "step": step, "num_microbatches": num_microbatches}
+        answers = self._torch.ask(order, timeout_s)
+        return {
+            "step_s": [max(a["ended_s"] for a in answers) - min(a["began_s"] for a in answers)],
+            "cpu_s": [a["cpu_s"] for a in answers],
+            "loss": answers[-1]["loss"],
+        }
+
+    def _common_words(self) -> list[str]:
+        return [
+            *(f"runs_dir={self._folder / 'runs'}", f"data.path={self.data}", "data.document_mask=false"),
+            *(f"model.{key}={value}" for key, value in asdict(self.case.model).items() if value is not None),
+            *(f"batch.{key}={value}" for key, value in (BATCH | {"num_microbatches": self.num_microbatches}).items()),
+            *("train.eval_every=0", "train.eval_microbatches=1", "checkpoints.every_steps=0"),
+            *("fleet.threads=1", "wire.canary_every=0", f"plan.stages={self.case.num_stages}"),
+            *("tracking.wandb=disabled", "tracking.picture_every=1"),
+        ]
+
+
+@contextmanager
+def open_field(case: Case, num_microbatches: int, folder: File) -> Iterator[Field]:
+    """Start the hosts of a case and Ray on them; `folder` has the data and gets the runs."""
+    hosts = [Host(cpus=cpus, congestion_control=case.congestion_control, binds_all=False) for cpus in case.cpus]
+    regions = {host: {"region": f"region-{region}"} for host, region in enumerate(case.regions)}
+    with (
+        WanLab(hosts) as lab,
+        RayCluster(lab, labels=regions, env=RAY_SETTINGS, start_timeout_s=START_TIMEOUT_S) as cluster,
+    ):
+        yield Field(case, num_microbatches, folder, lab, cluster)
+
+
+def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return as equal numbers of layers as can be, the larger ones first."""
+    return tuple(num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages))
+
+
+class TorchRanks:
+    """A rank of torch.distributed.pipelining on each host; they wait for orders."""
+
+    def __init__(self, lab: WanLab, case: Case, split: Sequence[int], data: File) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        for rank in range(case.num_stages):
+            spec = {
+                "rank": rank,
+                "split": split,
+                "address": lab.address(0),
+                "port": TORCH_PORT,
+                "timeout_s": 3600.0,
+                "model": asdict(case.model),
+                "batch": BATCH,
+                "data": str(data),
+            }
+            command = [sys.executable, "-m", "bench.wan_torch", json.dumps(spec)]
+            pipe = subprocess.PIPE
+            env = {**os.environ, "GLOO_SOCKET_IFNAME": "wan0", "PYTHONPATH": str(REPOSITORY)}
+            self._processes.append(lab.popen(rank, command, stdin=pipe, stdout=pipe, env=env, text=True))
+        # They build their stages with all of the machine's cores, and work with their host's.
+        self._answers(START_TIMEOUT_S)
+        for rank, process in enumerate(self._processes):
+            lab.bind(rank, process.pid)
+
+    def ask(self, order: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        """Give all ranks an order and return their answers; LabError where one does not come."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+        return self._answers(timeout_s)
+
+    def _answers(self, timeout_s: float) -> list[dict[str, Any]]:
+        deadline_s = time.monotonic() + timeout_s
+        answers: list[dict[str, Any]] = []
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline_s - time.monotonic()))
+            line = process.stdout.readline() if ready else ""
+            if not line:
+                raise LabError(f"rank {rank} of torch did not answer within {timeout_s:.0f} s", "see its errors above")
+            answers.append(json.loads(line))
+        return answers
+
+
+class Watch:
+    """Binds node actors to their hosts' cores as they appear, and adds up what each kind of process takes."""
+
+    def __init__(self, lab: WanLab, driver_pid: int, events: File) -> None:
+        self._lab = lab
+        self._driver_pid = driver_pid
+        self._events = events
+        self._hosts = {os.stat(NAMESPACES / name).st_ino: host for host, name in enumerate(lab.netns)}
+        self._bound: set[int] = set()
+        self._torch = {p for host in range(len(lab.hosts)) for p in lab.pids(host) if _title(p).find(b"wan_torch") >= 0}
+        # (when, CPU seconds of driver, actors, daemons), from the first step's end to the last one's.
+        self._samples: list[tuple[float, float, float, float]] = []
+        self._size = 0
+        self._ended = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._loop, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def shares(self) -> dict[str, float]:
+        """Return what the driver, the actors and the daemons took of a core while steps ran."""
+        first, last = (self._samples[0], self._samples[-1]) if self._samples else ((0.0,) * 4, (0.0,) * 4)
+        took_s = max(last[0] - first[0], 1e-9)
+        names = ("driver_share", "actors_share", "daemons_share")
+        return {name: (last[i] - first[i]) / took_s for i, name in enumerate(names, start=1)}
+
+    def _loop(self) -> None:
+        while not self._ended.wait(SAMPLE_S if len(self._bound) >= len(self._hosts) else SAMPLE_S / 10):
+            daemons = self._bind()
+            size = self._events.stat().st_size if self._events.exists() else 0
+            # A line more: a step has just ended. The lines before the first step are short.
+            if size > self._size + 1000:
+                with suppress(ProcessLookupError):
+                    driver_s = cpu_s(self._driver_pid)
+                    actors_s = sum(cpu_s(pid) for pid in self._bound)
+                    self._samples.append((time.monotonic(), driver_s, actors_s, sum(map(_cpu_s, daemons))))
+            self._size = size
+
+    def _bind(self) -> list[int]:
+        """Bind new actors; return the other processes of all hosts."""
+        others: list[int] = []
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            with suppress(OSError):
+                host = self._hosts.get(os.stat(f"/proc/{pid}/ns/net").st_ino)
+                if host is None or pid in self._torch or pid == self._driver_pid:
+                    continue
+                if not _title(pid).startswith(ACTOR_TITLE):
+                    others.append(pid)
+                elif pid not in self._bound:
+                    self._lab.bind(host, pid)
+                    self._bound.add(pid)
+        return others
+
+
+def _title(pid: int) -> bytes:
+    try:
+        return File(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _cpu_s(pid: int) -> float:
+    with suppress(ProcessLookupError):
+        return cpu_s(pid)
+    return 0.0
+
+
+def _path(case: Case, source: int, target: int, route: Route | None) -> Path:
+    if route is None or case.regions[source] == case.regions[target]:
+        route = case.near
+    return Path(rate_mbps=route.rate_mbps, delay_ms=route.delay_ms, loss=route.loss)

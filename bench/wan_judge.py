@@ -1,0 +1,116 @@
+"""What the runs of a case come to: the limit, the shares and multiples that are bound, and which bounds are missed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from actors.fleet_spec import Fleet
+from bench.wan_cases import BATCH, Case, Route
+from bench.wan_field import Run
+from bench.wan_limit import LinkTimes, link_times, step_limit
+from orchestrator.recipe import plan_ahead
+
+# Nothing of these may happen in a run that is timed.
+TROUBLE = {"retried", "node_lost", "skipped", "failed"}
+
+
+def run_figures(run: Run, num_warmup: int) -> dict[str, Any]:
+    """Return what is kept of a run of Isthmus."""
+    plan, steps = run.plan, run.history.steps[num_warmup:]
+    stages = range(len(plan.stages))
+
+    def mean_s(stage: int, *names: str) -> float:
+        """Of a stage's actions of these names, a microbatch."""
+        actions = [a for step in steps for a in step.stages[stage].actions if a.name in names]
+        return sum(a.end_s - a.start_s for a in actions) / (len(steps) * plan.num_microbatches)
+
+    return {
+        "step_s": [step.step_s for step in steps],
+        "first_step_s": run.history.steps[0].step_s,
+        "stage_s": [mean_s(stage, "F", "B", "W") for stage in stages],
+        "forward_s": [mean_s(stage, "F") for stage in stages],
+        "wait_s": [statistics.mean(step.stages[stage].wait_s for step in steps) for stage in stages],
+        "commit_s": [mean_s(stage, "C") * plan.num_microbatches for stage in stages],
+        "idle_share": [statistics.mean(step.stages[stage].idle_share for step in steps) for stage in stages],
+        "schedule": plan.schedule,
+        "split": [stage.layer_stop - stage.layer_start for stage in plan.stages],
+        "in_flight": [stage.in_flight for stage in plan.stages],
+        "regions": [_region(run.fleet, stage.node) for stage in plan.stages],
+        "codecs": [f"{link.forward_codec}/{link.backward_codec}" for link in plan.links],
+        "frame_bytes": [(link.frame_bytes_forward, link.frame_bytes_backward) for link in plan.links],
+        "probed_mbps": [link.rate_mbps for link in plan.links],
+        "probed_delay_s": [link.delay_s for link in plan.links],
+        "planned_step_s": plan.step_s,
+        "planned_fill_s": plan.fill_s,
+        "loss_share": plan.loss_share,
+        "driver_share": run.driver_share,
+        "actors_share": run.actors_share,
+        "daemons_share": run.daemons_share,
+        "trouble": [f"{e.name}: {e.text}" for e in run.history.events if e.name in TROUBLE],
+    }
+
+
+def certified_step_s(run: Run) -> float:
+    """Return the step time below which no plan for this fleet gets, fill included."""
+    plan = plan_ahead(run.config, run.fleet).plan
+    tokens = BATCH["seq_len"] * plan.microbatch_size * plan.num_microbatches
+    return tokens / plan.bound_tokens_per_s + plan.fill_s + plan.commit_s
+
+
+def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[str, Any]:
+    """Return the figures of a case by name, the bounds that it has, and those that it misses."""
+    shaped, unshaped = measured["isthmus"]["shaped"], measured["isthmus"].get("unshaped")
+    step_s = median_s(shaped)
+    figures: dict[str, float] = {"step_s": step_s}
+    bounds = {k: v for k in ("of_limit", "of_unshaped", "of_torch") if (v := getattr(case, k)) is not None}
+    bounds |= case.bounds
+    # Compute as it is where no link holds it up.
+    alone = unshaped or shaped
+    stage_s = [statistics.mean(run["stage_s"][i] for run in alone) for i in range(case.num_stages)]
+    figures["tau_s"] = max(stage_s)
+    limit = step_limit(stage_s, _links(case, shaped[0]), num_microbatches)
+    figures |= {"limit_s": limit.step_s, "period_s": limit.period_s, "of_limit": limit.step_s / step_s}
+    if unshaped:
+        figures["of_unshaped"] = median_s(unshaped) / step_s
+        figures["limit_of_unshaped"] = median_s(unshaped) / limit.step_s
+    torch_s = best_torch_s(measured, "shaped")
+    if torch_s is not None:
+        figures |= {"torch_s": torch_s, "of_torch": torch_s / step_s}
+    torch_unshaped_s = best_torch_s(measured, "unshaped")
+    if torch_unshaped_s is not None and torch_s is not None:
+        figures["torch_of_unshaped"] = torch_unshaped_s / torch_s
+    for name, key in (("isthmus-none", "of_none"), ("isthmus-even", "of_even"), ("lossless", "of_lossless")):
+        if name in measured:
+            other_s = median_s(measured[name]["shaped"])
+            figures[key] = other_s / step_s
+    if "certified_s" in measured:
+        figures["of_certified"] = measured["certified_s"] / step_s
+    missed = [name for name, bound in bounds.items() if not figures.get(name, 0.0) >= bound]
+    return {"figures": figures, "limit_binds": limit.binds, "bounds": bounds, "missed": missed}
+
+
+def median_s(runs: Sequence[dict[str, Any]]) -> float:
+    """Return the median step of some runs."""
+    return statistics.median(step_s for run in runs for step_s in run["step_s"])
+
+
+def best_torch_s(measured: dict[str, Any], how: str) -> float | None:
+    """Return the step of torch's better schedule; None where it was not run."""
+    found = [median_s(measured[name][how]) for name in ("torch-gpipe", "torch-1f1b") if measured.get(name, {}).get(how)]
+    return min(found, default=None)
+
+
+def _links(case: Case, run: dict[str, Any]) -> list[LinkTimes]:
+    """Return the links between the stages of a run, by the regions that their nodes are in."""
+    regions = run["regions"]
+    links: list[LinkTimes] = []
+    for index, frame_bytes in enumerate(run["frame_bytes"]):
+        route: Route = case.near if regions[index] == regions[index + 1] else case.route
+        links.append(link_times(tuple(frame_bytes), route.rate_mbps, route.delay_ms / 1e3))
+    return links
+
+
+def _region(fleet: Fleet, node: str) -> str:
+    return next(card.region for card in fleet.nodes if card.node == node)
