@@ -24,7 +24,6 @@ from orchestrator.environment import prepare_environment
 
 prepare_environment(None)  # before anything imports ray
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
@@ -37,8 +36,8 @@ from actors.model.decoder import DecoderStage  # noqa: E402
 from actors.model.init import initialise  # noqa: E402
 from actors.optim import build_optimizer  # noqa: E402
 from actors.spec import Commit, LoadOrder, StepOrder  # noqa: E402
-from actors.store import open_store  # noqa: E402
-from actors.token_shards import SPLITS, DataManifest, ShardWriter  # noqa: E402
+from actors.token_shards import DataManifest  # noqa: E402
+from bench.random_tokens import write_random_tokens  # noqa: E402
 from bench.record import parse_arguments, save  # noqa: E402
 from orchestrator.config import RunConfig, load_config  # noqa: E402
 from orchestrator.fleet import open_fleet  # noqa: E402
@@ -57,25 +56,7 @@ def bench_config(folder: Path, num_cores: int, *, quick: bool) -> RunConfig:
     """Return the run that all three do: 8 blocks of width 512, sequences of 256, float32 all the way."""
     num_stages = min(NUM_LAYERS, num_cores)
     data = str(folder / "data")
-    tokens = np.random.default_rng(1).integers(1, 4096, size=600_000)
-    shards = []
-    for split, part in zip(SPLITS, (tokens[:-20_000], tokens[-20_000:]), strict=True):
-        writer = ShardWriter(open_store(data), split, "uint16", len(part))
-        writer.append(part)
-        shards += writer.close()
-    manifest = DataManifest(
-        version=1,
-        dtype="uint16",
-        vocab_size=4096,
-        eos_id=0,
-        tokenizer_sha256="0" * 64,
-        options_sha256="0" * 64,
-        source="random tokens",
-        num_documents=1,
-        unigram_loss=0.0,
-        shards=tuple(shards),
-    )
-    open_store(data).put("manifest.json", manifest.to_json())
+    write_random_tokens(Path(data), 4096)
     return load_config(
         [
             "name=overhead",
