@@ -95,13 +95,13 @@ def test_what_is_short_is_said_of_the_smallest_microbatch_that_may_be_chosen() -
         make_plan(fleet(card), WORK, WireConfig(), PlanConfig(microbatch_sizes=(1,)))
 
 
-def test_a_tie_goes_to_the_batchs_own_microbatches_and_to_1f1b() -> None:
+def test_a_tie_goes_to_the_batchs_own_microbatches_and_to_bdp() -> None:
     card = replace(node("a"), estimated=True)
     # A microbatch of one takes half as long as one of two, so that nothing is gained.
     half = part_times(1, layer_forward_s=0.005, layer_backward_s=0.01, embedding_s=0.005, head_s=0.01)
     both = replace(card, times=(half, card.times[0]))
     made = plan(fleet(both), microbatch_sizes=(1, 2))
-    assert (made.microbatch_size, made.schedule) == (2, "1f1b")
+    assert (made.microbatch_size, made.schedule) == (2, "bdp")
 
 
 def test_a_quality_budget_below_every_codecs_cost_means_no_codec() -> None:

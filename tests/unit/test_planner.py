@@ -229,7 +229,7 @@ def test_halves_of_backwards_fill_waits_but_not_those_of_nodes_that_share_cores(
     cards = [node(name) for name in "abcd"]
     apart = Fleet(nodes=tuple(replace(card, host=card.node) for card in cards), links=())
     assert plan(apart, stages=4).schedule == "bdp-split"
-    assert plan(fleet(*cards), stages=4).schedule == "1f1b"
+    assert plan(fleet(*cards), stages=4).schedule == "bdp"
     assert plan(fleet(*cards), stages=4, schedule="bdp-split").schedule == "bdp-split"
 
 
