@@ -14,16 +14,16 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.random_tokens import write_random_tokens
 from bench.record import RESULTS, bench_parser, save
-from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK, QUICK_MICROBATCHES, Case
+from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK_BOUNDS, QUICK_MICROBATCHES, Case, quick
 from bench.wan_field import Field, even_split, open_field
-from bench.wan_judge import certified_step_s, judge, median_s, run_figures
+from bench.wan_judge import certified_step_s, judge, judge_fall, median_s, run_figures
 from bench.wan_plot import draw
 from tests.lab.wanlab import missing, missing_for_cpus
 
@@ -33,69 +33,110 @@ LONG_S = 100.0
 WARMUP_MICROBATCHES = 4
 TIMEOUT_S = 1800.0
 SCHEDULES = ("gpipe", "1f1b")
+# Steps before links become thin, and after.
+NUM_BEFORE, NUM_AFTER = 3, 13
+# Within which a run must have found its pace, of those after.
+NUM_TO_ADAPT = 10
+# What lets the planner choose the codecs that a link as thin as that needs.
+BUDGET_WORDS = ("plan.quality_budget=0.04",)
 
 
-def measure(case: Case, num_microbatches: int, num_rounds: int, folder: Path) -> dict[str, Any]:
-    """Run a case, and return what every system did, by system and kind of links."""
-    measured: dict[str, Any] = {}
+class Turns:
+    """The systems of one case, which take turns; what each did is in `measured`, by system and kind of links."""
 
-    def keep(system: str, how: str, result: dict[str, Any]) -> None:
-        measured.setdefault(system, {}).setdefault(how, []).append(result)
-        print(f"  {case.name} {system} {how}: {median_s([result]):.2f} s", flush=True)
+    def __init__(self, field: Field) -> None:
+        self._field = field
+        self._case = field.case
+        self.measured: dict[str, Any] = {}
 
-    with open_field(case, num_microbatches, folder) as field:
-        for number in range(num_rounds):
-
-            def isthmus(system: str, how: str, words: Sequence[str], number: int = number) -> None:
-                if number and median_s(measured[system][how]) > LONG_S:
-                    return
-                name = f"{system.replace('/', '-')}-{how}-{number}"
-                num_steps = NUM_WARMUP + NUM_TIMED
-                run = field.run(name, words, num_steps=num_steps, timeout_s=TIMEOUT_S)
-                keep(system, how, run_figures(run, NUM_WARMUP))
-                if system == "isthmus" and "of_certified" in case.bounds:
-                    measured["certified_s"] = certified_step_s(run)
-
-            take_turns(case, field, isthmus, lambda *a: torch_steps(field, measured, keep, *a), number)
-    return measured
-
-
-def take_turns(case: Case, field: Field, isthmus: Callable[..., None], torch: Callable[..., None], number: int) -> None:
-    """Let every system have its turn once, on shaped links, then on unshaped ones."""
-    main, *others = case.codecs
-    cut = [f"plan.split=[{','.join(map(str, case.split))}]"] if case.split else []
-    is_shaped = case.route.rate_mbps > 0
-    field.route(case.route)
-    isthmus("isthmus", "shaped", [*codec_words(main), *cut])
-    for codecs in others:
-        isthmus(f"isthmus-{'/'.join(codecs)}", "shaped", [*codec_words(codecs), *cut])
-    if case.has_torch:
-        torch("shaped", number)
-    if case.has_none:
-        isthmus("isthmus-none", "shaped", [*codec_words(NONE), *cut])
-    if case.has_even:
-        even = even_split(case.num_layers, case.num_stages)
-        isthmus("isthmus-even", "shaped", [*codec_words(main), f"plan.split=[{','.join(map(str, even))}]"])
-    if case.route.loss:
-        field.route(replace(case.route, loss=0.0))
-        isthmus("lossless", "shaped", [*codec_words(main), *cut])
-    elif is_shaped:
-        field.route(None)
-        # As it would be planned for such links: without a codec where that is fastest.
-        isthmus("isthmus", "unshaped", ["plan.quality_budget=0.0005", *cut])
+    def round(self, number: int) -> None:
+        """Let every system have its turn, on shaped links, then on unshaped ones."""
+        case, field = self._case, self._field
+        main, *others = case.codecs
+        field.route(case.route)
+        self._isthmus("isthmus", "shaped", codec_words(main), number)
+        for codecs in others:
+            self._isthmus(f"isthmus-{'-'.join(codecs)}", "shaped", codec_words(codecs), number)
         if case.has_torch:
-            torch("unshaped", number)
+            self._torch("shaped", number)
+        if case.has_none:
+            self._isthmus("isthmus-none", "shaped", codec_words(NONE), number)
+        if case.has_even:
+            even = ",".join(map(str, even_split(case.num_layers, case.num_stages)))
+            self._isthmus("isthmus-even", "shaped", [*codec_words(main), f"plan.split=[{even}]"], number)
+        if case.route.loss:
+            field.route(replace(case.route, loss=0.0))
+            self._isthmus("lossless", "shaped", codec_words(main), number)
+        elif case.route.rate_mbps:
+            field.route(None)
+            # As it would be planned for such links.
+            self._isthmus("isthmus", "unshaped", ["plan.quality_budget=0.0005"], number)
+            if case.has_torch:
+                self._torch("unshaped", number)
+
+    def quick(self) -> None:
+        """Run Isthmus once, on links that become unshaped in its middle, and torch's better known schedule."""
+        case, field = self._case, self._field
+        field.route(case.route)
+        run = field.run("quick", codec_words(case.codecs[0]), num_steps=4, timeout_s=TIMEOUT_S, reroute=(2, None))
+        self._keep("isthmus", "shaped", run_figures(run, slice(1, 2)))
+        self._keep("isthmus", "unshaped", run_figures(run, slice(3, 4)))
+        field.route(case.route)
+        if case.has_torch:
+            self._keep("torch-1f1b", "shaped", field.torch_step("1f1b", 0, field.num_microbatches, TIMEOUT_S))
+
+    def fall(self) -> None:
+        """Run Isthmus on links that become thin, and beside it on links that were thin when it was planned."""
+        case, field = self._case, self._field
+        field.route(case.route)
+        num_steps = NUM_BEFORE + NUM_AFTER
+        run = field.run(
+            "falls", BUDGET_WORDS, num_steps=num_steps, timeout_s=2 * TIMEOUT_S, reroute=(NUM_BEFORE, case.then)
+        )
+        steps = run.history.steps
+        figures = run_figures(run, slice(NUM_BEFORE + NUM_TO_ADAPT, None))
+        # In its middle the route changes, so the step after the last whole fast one is not counted.
+        figures["fallen_step_s"] = [step.step_s for step in steps[NUM_BEFORE + 1 :]]
+        figures["events"] = [f"{event.step} {event.name}: {event.text}" for event in run.history.events]
+        self._keep("isthmus", "shaped", figures)
+        self._isthmus("planned", "shaped", BUDGET_WORDS, 0)
+
+    def _isthmus(self, system: str, how: str, words: Sequence[str], number: int) -> None:
+        if number and median_s(self.measured[system][how]) > LONG_S:
+            return
+        name = f"{system}-{how}-{number}"
+        run = self._field.run(name, words, num_steps=NUM_WARMUP + NUM_TIMED, timeout_s=TIMEOUT_S)
+        self._keep(system, how, run_figures(run, slice(NUM_WARMUP, None)))
+        if system == "isthmus" and "of_certified" in self._case.bounds:
+            self.measured["certified_s"] = certified_step_s(run)
+
+    def _torch(self, how: str, number: int) -> None:
+        field = self._field
+        for schedule in SCHEDULES:
+            system = f"torch-{schedule}"
+            if number and median_s(self.measured[system][how]) > LONG_S:
+                continue
+            # Its connections are made, and what it allocates is there, before a step is timed.
+            field.torch_step(schedule, 0, min(WARMUP_MICROBATCHES, field.num_microbatches), TIMEOUT_S)
+            self._keep(system, how, field.torch_step(schedule, number, field.num_microbatches, TIMEOUT_S))
+
+    def _keep(self, system: str, how: str, result: dict[str, Any]) -> None:
+        self.measured.setdefault(system, {}).setdefault(how, []).append(result)
+        print(f"  {self._case.name} {system} {how}: {median_s([result]):.2f} s", flush=True)
 
 
-def torch_steps(field: Field, measured: dict[str, Any], keep: Callable[..., None], how: str, number: int) -> None:
-    """Time a step of each of torch's schedules."""
-    for schedule in SCHEDULES:
-        system = f"torch-{schedule}"
-        if number and median_s(measured[system][how]) > LONG_S:
-            continue
-        # Its connections are made, and what it allocates is there, before a step is timed.
-        field.torch_step(schedule, 0, min(WARMUP_MICROBATCHES, field.num_microbatches), TIMEOUT_S)
-        keep(system, how, field.torch_step(schedule, number, field.num_microbatches, TIMEOUT_S))
+def run_case(case: Case, num_microbatches: int, num_rounds: int, folder: Path) -> dict[str, Any]:
+    """Run a case, and return what it came to; `num_rounds` 0: the quick way."""
+    with open_field(case, num_microbatches, folder) as field:
+        turns = Turns(field)
+        if case.then is not None:
+            turns.fall()
+            return {**judge_fall(case, turns.measured), "measured": turns.measured}
+        if not num_rounds:
+            turns.quick()
+        for number in range(num_rounds):
+            turns.round(number)
+    return {**judge(case, turns.measured, num_microbatches), "measured": turns.measured}
 
 
 def codec_words(codecs: tuple[str, str]) -> list[str]:
@@ -118,31 +159,30 @@ def main() -> int:
     parser = bench_parser(__doc__ or "")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases, and the others as they are on file")
     parser.add_argument("--fresh", action="store_true", help="run again what is on file")
-    parser.add_argument("--rounds", type=int, help=f"turns of every system in a case (default: {ROUNDS}, quick 1)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of every system in a case")
     arguments = parser.parse_args()
     if lacking := missing() or missing_for_cpus():
         print(f"skipped: no WAN lab here: {lacking}")
         return 0
     num_microbatches = QUICK_MICROBATCHES if arguments.quick else BATCH["num_microbatches"]
-    num_rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
+    num_rounds = 0 if arguments.quick else arguments.rounds
     path: Path = arguments.out or RESULTS / f"wan{'-quick' if arguments.quick else ''}.json"
-    names = arguments.only or (QUICK if arguments.quick else [case.name for case in CASES])
+    cases = [quick(case) for case in CASES if case.name in QUICK_BOUNDS] if arguments.quick else CASES
+    names = arguments.only or [case.name for case in cases]
     results = known_cases(path)
     with tempfile.TemporaryDirectory() as scratch:
         write_random_tokens(Path(scratch) / "data", MODEL.vocab_size)
-        for case in CASES:
+        for case in cases:
             settings = settings_of(case, num_microbatches)
             is_known = results.get(case.name, {}).get("settings") == settings and not arguments.fresh
             if case.name not in names or is_known:
                 continue
-            measured = measure(case, num_microbatches, num_rounds, Path(scratch))
-            verdict = judge(case, measured, num_microbatches)
+            result = run_case(case, num_microbatches, num_rounds, Path(scratch))
             results[case.name] = {
                 "settings": settings,
                 "case": case.settings(),
                 "num_microbatches": num_microbatches,
-                **verdict,
-                "measured": measured,
+                **result,
             }
             save("wan", arguments, {"cases": results})
             print(case_text(case.name, results[case.name]), flush=True)

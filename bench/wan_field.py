@@ -11,7 +11,6 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -74,8 +73,21 @@ class Field:
                 if source < target:
                     self.lab.set_path(source, target, _path(self.case, source, target, route))
 
-    def run(self, name: str, words: Sequence[str], *, num_steps: int, timeout_s: float) -> Run:
-        """Run Isthmus, and return what it left; raises LabError where it fails."""
+    def run(
+        self,
+        name: str,
+        words: Sequence[str],
+        *,
+        num_steps: int,
+        timeout_s: float,
+        reroute: tuple[int, Route | None] | None = None,
+    ) -> Run:
+        """Run Isthmus, and return what it left; raises LabError where it fails.
+
+        `reroute` gives hosts another route once so many steps have ended.
+        """
+        # A run of this name that is there would be gone on with.
+        name = f"{self.case.name}-{name}"
         folder = RunFolder(self._folder / "runs" / name)
         command = [
             *("-m", "orchestrator.cli", "train", "--address", self._cluster.address),
@@ -85,14 +97,17 @@ class Field:
         ]
         driver = self._cluster.start_driver(command)
         watch = Watch(self.lab, driver.pid, folder.events)
-        with watch.watching():
-            try:
-                said = driver.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                driver.kill()
-                said = driver.communicate()
+        deadline_s = time.monotonic() + timeout_s
+        while driver.poll() is None and time.monotonic() < deadline_s:
+            watch.look()
+            if reroute is not None and watch.num_steps >= reroute[0]:
+                self.route(reroute[1])
+                reroute = None
+            time.sleep(watch.pause_s)
+        driver.kill()
+        said = driver.communicate()
         if driver.returncode:
-            raise LabError(f"{name} of {self.case.name} failed: {' '.join(said)[-1500:].strip()}", "run it again")
+            raise LabError(f"{name} failed: {' '.join(said)[-1500:].strip()}", "run it again")
         return Run(
             history=read_history(folder.events),
             plan=decode(Plan, json.loads(folder.plan.read_text())),
@@ -200,17 +215,12 @@ class Watch:
         # (when, CPU seconds of driver, actors, daemons), from the first step's end to the last one's.
         self._samples: list[tuple[float, float, float, float]] = []
         self._size = 0
-        self._ended = threading.Event()
+        self.num_steps = 0
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._loop, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
+    @property
+    def pause_s(self) -> float:
+        """How long to wait for the next look: little until all actors are bound."""
+        return SAMPLE_S if len(self._bound) >= len(self._hosts) else SAMPLE_S / 10
 
     def shares(self) -> dict[str, float]:
         """Return what the driver, the actors and the daemons took of a core while steps ran."""
@@ -219,17 +229,20 @@ class Watch:
         names = ("driver_share", "actors_share", "daemons_share")
         return {name: (last[i] - first[i]) / took_s for i, name in enumerate(names, start=1)}
 
-    def _loop(self) -> None:
-        while not self._ended.wait(SAMPLE_S if len(self._bound) >= len(self._hosts) else SAMPLE_S / 10):
-            daemons = self._bind()
-            size = self._events.stat().st_size if self._events.exists() else 0
-            # A line more: a step has just ended. The lines before the first step are short.
-            if size > self._size + 1000:
-                with suppress(ProcessLookupError):
-                    driver_s = cpu_s(self._driver_pid)
-                    actors_s = sum(cpu_s(pid) for pid in self._bound)
-                    self._samples.append((time.monotonic(), driver_s, actors_s, sum(map(_cpu_s, daemons))))
-            self._size = size
+    def look(self) -> None:
+        """Bind what is new, and see whether a step has ended."""
+        daemons = self._bind()
+        size = self._events.stat().st_size if self._events.exists() else 0
+        if size == self._size:
+            return
+        self._size = size
+        num_steps = len(read_history(self._events).steps)
+        if num_steps > self.num_steps:
+            self.num_steps = num_steps
+            with suppress(ProcessLookupError):
+                driver_s = cpu_s(self._driver_pid)
+                actors_s = sum(cpu_s(pid) for pid in self._bound)
+                self._samples.append((time.monotonic(), driver_s, actors_s, sum(map(_cpu_s, daemons))))
 
     def _bind(self) -> list[int]:
         """Bind new actors; return the other processes of all hosts."""

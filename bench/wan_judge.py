@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from actors.fleet_spec import Fleet
@@ -16,9 +17,9 @@ from orchestrator.recipe import plan_ahead
 TROUBLE = {"retried", "node_lost", "skipped", "failed"}
 
 
-def run_figures(run: Run, num_warmup: int) -> dict[str, Any]:
-    """Return what is kept of a run of Isthmus."""
-    plan, steps = run.plan, run.history.steps[num_warmup:]
+def run_figures(run: Run, timed: slice) -> dict[str, Any]:
+    """Return what is kept of a run of Isthmus, and of its timed steps."""
+    plan, steps = run.plan, run.history.steps[timed]
     stages = range(len(plan.stages))
 
     def mean_s(stage: int, *names: str) -> float:
@@ -28,7 +29,6 @@ def run_figures(run: Run, num_warmup: int) -> dict[str, Any]:
 
     return {
         "step_s": [step.step_s for step in steps],
-        "first_step_s": run.history.steps[0].step_s,
         "stage_s": [mean_s(stage, "F", "B", "W") for stage in stages],
         "forward_s": [mean_s(stage, "F") for stage in stages],
         "wait_s": [statistics.mean(step.stages[stage].wait_s for step in steps) for stage in stages],
@@ -64,8 +64,6 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
     shaped, unshaped = measured["isthmus"]["shaped"], measured["isthmus"].get("unshaped")
     step_s = median_s(shaped)
     figures: dict[str, float] = {"step_s": step_s}
-    bounds = {k: v for k in ("of_limit", "of_unshaped", "of_torch") if (v := getattr(case, k)) is not None}
-    bounds |= case.bounds
     # Compute as it is where no link holds it up.
     alone = unshaped or shaped
     stage_s = [statistics.mean(run["stage_s"][i] for run in alone) for i in range(case.num_stages)]
@@ -85,10 +83,28 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
         if name in measured:
             other_s = median_s(measured[name]["shaped"])
             figures[key] = other_s / step_s
+    crossings = sum(a != b for a, b in pairwise(shaped[0]["regions"]))
+    figures["few_crossings"] = (len(set(case.regions)) - 1) / crossings if crossings else 1.0
     if "certified_s" in measured:
         figures["of_certified"] = measured["certified_s"] / step_s
-    missed = [name for name, bound in bounds.items() if not figures.get(name, 0.0) >= bound]
-    return {"figures": figures, "limit_binds": limit.binds, "bounds": bounds, "missed": missed}
+    if any(run["trouble"] for run in shaped):
+        figures = dict.fromkeys(figures, 0.0)
+    return {"figures": figures, "limit_binds": limit.binds, "bounds": case.bounds, "missed": missed(case, figures)}
+
+
+def judge_fall(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return how a run whose links became thin does beside one that was planned for thin links."""
+    run, planned = measured["isthmus"]["shaped"][0], measured["planned"]["shaped"]
+    planned_s, step_s = median_s(planned), statistics.median(run["step_s"])
+    figures = {"step_s": step_s, "planned_s": planned_s, "of_planned": 0.0 if run["trouble"] else planned_s / step_s}
+    within = [index for index, s in enumerate(run["fallen_step_s"]) if s <= 1.2 * planned_s]
+    figures["first_step_within"] = float(within[0]) if within else -1.0
+    return {"figures": figures, "bounds": case.bounds, "missed": missed(case, figures)}
+
+
+def missed(case: Case, figures: dict[str, float]) -> list[str]:
+    """Return the figures that are below their bound, or not there."""
+    return [name for name, bound in case.bounds.items() if not figures.get(name, 0.0) >= bound]
 
 
 def median_s(runs: Sequence[dict[str, Any]]) -> float:

@@ -16,12 +16,13 @@ GREY, GREEN = "#999999", "#009e73"
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the rates of Isthmus, of Isthmus with raw links, of torch, and the limit; nothing where there are none."""
-    if not results:
+    if not any("limit_s" in result["figures"] for result in results.values()):
         return
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    names = list(results)
+    # Of a run whose links change there is no one rate.
+    names = [name for name, result in results.items() if "limit_s" in result["figures"]]
     figure, axes = pyplot.subplots(figsize=(1.4 + 1.3 * len(names), 4.2), layout="constrained")
     for offset, (label, colour) in enumerate(
         (("Isthmus", BLUE), ("Isthmus, raw links", GREEN), ("torch, better schedule", VERMILLION))

@@ -102,7 +102,7 @@ class Rank:
             "began_s": began_s,
             "ended_s": time.monotonic(),
             "cpu_s": time.process_time() - cpu_began_s,
-            "loss": float(sum(losses)) if is_last else None,
+            "loss": sum(loss.item() for loss in losses) if is_last else None,
         }
 
 
