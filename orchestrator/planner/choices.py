@@ -16,7 +16,7 @@ from actors.spec import ScheduleName
 from orchestrator.planner.objective import Limits, Objective
 
 # The schedules that a plan is chosen from, the plainest first. GPipe is not: bdp is as fast with less in flight.
-CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "bdp", "bdp-split")
+CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "bdp", "zb-h1", "bdp-split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class PlanConfig:
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None
-    # gpipe, 1f1b, bdp or bdp-split; None: the fastest, but gpipe, and bdp-split where nodes share cores, are not tried.
+    # gpipe, 1f1b, zb-h1, bdp or bdp-split; None: the fastest, but these are not tried: gpipe; zb-h1 and bdp-split where
+    # nodes share cores; zb-h1 on more than 16 nodes.
     schedule: ScheduleName | None = None
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None
