@@ -11,8 +11,8 @@ LIST_SCHEDULES = st.sampled_from(["bdp", "bdp-split"])
 
 
 @st.composite
-def pipeline_times(draw: st.DrawFn, max_stages: int = 5) -> PipelineTimes:
-    num_stages = draw(st.integers(1, max_stages))
+def pipeline_times(draw: st.DrawFn, max_stages: int = 5, min_stages: int = 1) -> PipelineTimes:
+    num_stages = draw(st.integers(min_stages, max_stages))
 
     def seconds(count: int) -> tuple[float, ...]:
         return tuple(draw(st.lists(_SECONDS, min_size=count, max_size=count)))
