@@ -62,9 +62,10 @@ def make_orders(
 ) -> Orders:
     """Return what each stage does under any schedule; `room_S`: how many microbatches a stage's memory can hold.
 
-    GPipe and 1F1B hold what they hold, whatever the room. Raises PlanError where a stage has room for no microbatch.
+    GPipe, 1F1B and ZB-H1 hold what they hold, whatever the room. Raises PlanError where a stage has room for
+    no microbatch.
     """
-    if schedule == "gpipe" or schedule == "1f1b":
+    if schedule == "gpipe" or schedule == "1f1b" or schedule == "zb-h1":
         num_stages = times.num_stages
         return tuple(stage_actions(schedule, stage, num_stages, num_microbatches) for stage in range(num_stages))
     limits = bandwidth_delay_limits(schedule, times, num_microbatches, room_S, margin)

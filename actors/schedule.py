@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from actors.errors import ScheduleError
 from actors.spec import ScheduleName
+
+# The schedules whose stages know their order before the step begins, and those whose backwards come in halves.
+FIXED: Final = frozenset[ScheduleName](("gpipe", "1f1b", "zb-h1"))
+SPLIT: Final = frozenset[ScheduleName](("zb-h1", "bdp-split"))
 
 
 class Op(Enum):
@@ -40,9 +45,15 @@ def stage_actions(schedule: ScheduleName, stage: int, num_stages: int, num_micro
     """Return what `stage` does in one step.
 
     GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards. 1F1B (PipeDream-flush, Narayanan et al.,
-    arXiv 2006.09503): warm-up, then one forward and one backward in turn, then cool-down. Raises ScheduleError for the
-    others, which depend on times: see actors.list_schedule.
+    arXiv 2006.09503): warm-up, then one forward and one backward in turn, then cool-down. ZB-H1 (Qi et al., arXiv
+    2401.10241): 1F1B with the backward split, and the second halves of stage s put off by s microbatches: as many more
+    activations as this holds, the earlier stages hold in flight, and the s halves left at the end fill the time in
+    which a 1F1B stage waits for the gradient to go on to stage 0. Raises ScheduleError for the others, which depend on
+    times: see actors.list_schedule.
     """
+    _require_fixed(schedule)
+    if schedule == "zb-h1":
+        return _zb_h1(stage, num_stages, num_microbatches)
     warmup = num_in_flight(schedule, stage, num_stages, num_microbatches)
     forwards = [Action(Op.FORWARD, m) for m in range(num_microbatches)]
     backwards = [Action(Op.BACKWARD, m) for m in range(num_microbatches)]
@@ -52,13 +63,34 @@ def stage_actions(schedule: ScheduleName, stage: int, num_stages: int, num_micro
 
 
 def num_in_flight(schedule: ScheduleName, stage: int, num_stages: int, num_microbatches: int) -> int:
-    """Return how many microbatches' activations `stage` holds at the peak; ScheduleError as stage_actions."""
-    if schedule not in ("gpipe", "1f1b"):
+    """Return how many microbatches' activations `stage` holds at the peak; ScheduleError as stage_actions.
+
+    All of them under GPipe, S - s under 1F1B; under ZB-H1 S at every stage, in flight or for a half put off.
+    """
+    _require_fixed(schedule)
+    held = {"gpipe": num_microbatches, "zb-h1": num_stages}.get(schedule, num_stages - stage)
+    return min(held, num_microbatches)
+
+
+def _require_fixed(schedule: ScheduleName) -> None:
+    if schedule not in FIXED:
         raise ScheduleError(
             f"the schedule {schedule} has no order of its own: what a stage does depends on what arrives",
-            "set plan.schedule to 1f1b or gpipe for a fixed order",
+            "set plan.schedule to 1f1b, zb-h1 or gpipe for a fixed order",
         )
-    return num_microbatches if schedule == "gpipe" else min(num_stages - stage, num_microbatches)
+
+
+def _zb_h1(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
+    warmup = min(num_stages - stage, num_microbatches)
+    actions = [Action(Op.FORWARD, m) for m in range(warmup)]
+    for m in range(num_microbatches):
+        actions.append(Action(Op.INPUT_BACKWARD, m))
+        if m >= stage:
+            actions.append(Action(Op.WEIGHT_BACKWARD, m - stage))
+        if warmup + m < num_microbatches:
+            actions.append(Action(Op.FORWARD, warmup + m))
+    left = range(max(0, num_microbatches - stage), num_microbatches)
+    return (*actions, *(Action(Op.WEIGHT_BACKWARD, m) for m in left))
 
 
 def peak_held(actions: Iterable[Action]) -> int:

@@ -33,8 +33,8 @@ class TensorRole(Enum):
     WEIGHT = "weight"
 
 
-# The first two have a fixed order, the others go by what arrives: see actors.schedule and actors.dispatch.
-ScheduleName = Literal["gpipe", "1f1b", "bdp", "bdp-split"]
+# The first three have a fixed order, the others go by what arrives: see actors.schedule and actors.dispatch.
+ScheduleName = Literal["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from actors.pipeline import (
     total_s,
 )
 from actors.resident import ResidentMemory
-from actors.schedule import Action, num_in_flight, stage_actions
+from actors.schedule import FIXED, SPLIT, Action, num_in_flight, stage_actions
 from actors.shards import AsyncSaver, read_units, restore, snapshot, unit_limits
 from actors.spec import (
     COMPUTES,
@@ -80,7 +80,7 @@ class Stage:
             device=pick_device(),
         )
         self._engine = StageEngine(model, assignment.optim, resident)
-        if assignment.plan.schedule == "bdp-split":
+        if assignment.plan.schedule in SPLIT:
             self._engine.split_backwards()
         # What each link carries now; a step's order may change it.
         self._codecs = assignment.plan.link_codecs
@@ -220,7 +220,7 @@ class Stage:
         """Return what this stage does in a step: in a fixed order, or as things arrive."""
         assignment = self._assignment
         schedule, num_microbatches = assignment.plan.schedule, assignment.batch.num_microbatches
-        if schedule == "gpipe" or schedule == "1f1b":
+        if schedule in FIXED:
             return stage_actions(schedule, assignment.stage, assignment.num_stages, num_microbatches)
         dispatch = Dispatch(schedule, num_microbatches, self._in_flight(assignment.stage))
         return arriving_actions(dispatch, self._ports, timeline)
@@ -229,7 +229,7 @@ class Stage:
         """Return how many microbatches a stage keeps in flight at most."""
         assignment = self._assignment
         plan, num_microbatches = assignment.plan, assignment.batch.num_microbatches
-        if plan.schedule == "gpipe" or plan.schedule == "1f1b":
+        if plan.schedule in FIXED:
             return num_in_flight(plan.schedule, stage, assignment.num_stages, num_microbatches)
         return max(1, min(plan.stages[stage].in_flight, num_microbatches))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.errors import DataError, PlanError
 from actors.fleet_spec import Fleet, ProbeOrder
 from actors.model.huggingface import read_spec
+from actors.schedule import SPLIT
 from actors.settings import BatchSpec
 from actors.spec import Plan
 from actors.store import open_store
@@ -100,11 +101,12 @@ def workload(config: RunConfig) -> Workload:
 
 def require_executed(config: PlanConfig, activation_checkpointing: bool) -> None:
     """Raise PlanError for what can be planned and simulated, but not run."""
-    if config.schedule == "bdp-split" and activation_checkpointing:
+    if config.schedule in SPLIT and activation_checkpointing:
+        whole = "1f1b" if config.schedule == "zb-h1" else "bdp"
         raise PlanError(
-            "plan.schedule=bdp-split and train.activation_checkpointing=true do not go together: a weight gradient "
-            "that is put off holds what its block computed again",
-            "set plan.schedule=bdp, or train.activation_checkpointing=false",
+            f"plan.schedule={config.schedule} and train.activation_checkpointing=true do not go together: a "
+            "weight gradient that is put off holds what its block computed again",
+            f"set plan.schedule={whole}, or train.activation_checkpointing=false",
         )
     if config.max_replicas > 1:
         raise PlanError(

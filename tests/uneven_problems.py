@@ -30,7 +30,7 @@ def uneven_problem(rng: np.random.Generator, *, most_nodes: int = 6, most_layers
     return Problem(
         num_layers=num_layers,
         num_microbatches=int(rng.integers(1, 20)),
-        schedule=("gpipe", "1f1b", "bdp", "bdp-split")[int(rng.integers(4))],
+        schedule=("gpipe", "1f1b", "bdp", "bdp-split", "zb-h1")[int(rng.integers(5))],
         layer_forward_s_N=spread(0.2, 2.0, num_nodes),
         layer_backward_s_N=spread(0.2, 4.0, num_nodes),
         first_forward_s_N=end(),

@@ -176,5 +176,6 @@ def _binding_text(option: Option, binding: Binding, names: Sequence[str]) -> str
     last = binding.last
     trip = f"the round trip of {binding.seconds * 1e3:.0f} ms from stage {stage} ({names[stage]})"
     if last + 1 < len(names):
-        return f"{trip} to stage {last} ({names[last]}): 1f1b lets {binding.count} microbatches through in one"
+        lets = f"{option.problem.schedule} lets {binding.count} microbatches through in one"
+        return f"{trip} to stage {last} ({names[last]}): {lets}"
     return f"{trip}, with {binding.count} microbatches in flight"

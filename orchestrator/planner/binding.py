@@ -91,7 +91,7 @@ def _slowest_trip(problem: Problem, placement: Placement, found: Evaluation) -> 
     ]
     stage = min(range(placement.num_stages), key=lambda s: held[s] / trip_S[s])
     last = placement.num_stages - 1
-    if problem.schedule == "1f1b" and len(placement.used) == placement.num_stages:
+    if problem.schedule in ("1f1b", "zb-h1") and len(placement.used) == placement.num_stages:
         pace_s = max(found.pace_s, trip_S[stage] / held[stage])
         _, stretch = slowest_stretch(np.array(trip_S), np.array(beyond_S), problem.num_microbatches, pace_s)
         if stretch is not None:

@@ -18,7 +18,7 @@ from orchestrator.planner.objective import Limits, Objective
 # The schedules that a plan is chosen from: where they are foreseen to be equally fast, the first. GPipe is not among
 # them: bdp is as fast with less in flight. bdp goes before 1f1b, for with more in flight it stands a link's unrest, which
 # no plan foresees.
-CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("bdp", "1f1b", "bdp-split")
+CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("bdp", "1f1b", "bdp-split", "zb-h1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class PlanConfig:
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None
-    # gpipe, 1f1b, bdp or bdp-split; None: the fastest, but gpipe, and bdp-split where nodes share cores, are not tried.
+    # gpipe, 1f1b, zb-h1, bdp or bdp-split; None: the fastest, but these are not tried: gpipe; zb-h1 and bdp-split where
+    # nodes share cores; zb-h1 on more than 16 nodes.
     schedule: ScheduleName | None = None
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None

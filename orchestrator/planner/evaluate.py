@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from actors.list_schedule import IN_FLIGHT_MARGIN
+from actors.schedule import FIXED, SPLIT, num_in_flight
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Floats, Placement, Problem
 from orchestrator.planner.stretches import slowest_stretch
@@ -92,8 +93,8 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
 
     The pace of a full pipeline is that of its slowest stage or link. A schedule that keeps w microbatches in flight at
     a stage, of which each is away for a round trip, is held to w a round trip (Little's law). GPipe does all forwards,
-    then all backwards, so each phase has a pace of its own. 1F1B's order binds stretches of stages too, where each has
-    one node; replicas take what is ready.
+    then all backwards, so each phase has a pace of its own. The orders of 1F1B and ZB-H1 bind stretches of stages
+    too, where each has one node; replicas take what is ready.
     """
     spans = list(pairwise(placement.bounds))
     stages = list(zip(spans, placement.nodes, strict=True))
@@ -119,7 +120,7 @@ def evaluate(problem: Problem, placement: Placement) -> Evaluation:
             rounds, rest = divmod(num_more, held)
             more_s = max(more_s, rounds * max(trip_s, held * pace_s) + rest * pace_s)
             rate = min(rate, held / trip_s)
-    if problem.schedule == "1f1b" and len(placement.used) == placement.num_stages:
+    if problem.schedule in ("1f1b", "zb-h1") and len(placement.used) == placement.num_stages:
         held_up_s, slowest = slowest_stretch(np.array(trip_S), np.array(beyond_S), problem.num_microbatches, pace_s)
         if slowest is not None:
             more_s, rate = max(more_s, held_up_s), min(rate, slowest.count / slowest.seconds)
@@ -163,7 +164,7 @@ def round_trips(problem: Problem, placement: Placement, total_SR: list[list[floa
     for stage in reversed(range(placement.num_stages)):
         span = (placement.bounds[stage], placement.bounds[stage + 1])
         seconds = total_SR[stage]
-        if problem.schedule == "bdp-split":
+        if problem.schedule in SPLIT:
             num_layers = span[1] - span[0]
             seconds = [
                 s - num_layers * float(problem.layer_weight_s_N[n])
@@ -323,11 +324,10 @@ def _windows(
     more than its memory allows.
     """
     num_stages, num_microbatches = placement.num_stages, problem.num_microbatches
-    if problem.schedule == "gpipe":
-        return tuple((num_microbatches,) * len(nodes) for nodes in placement.nodes)
-    if problem.schedule == "1f1b":
+    if problem.schedule in FIXED:
         return tuple(
-            (min(num_stages - stage, num_microbatches),) * len(nodes) for stage, nodes in enumerate(placement.nodes)
+            (num_in_flight(problem.schedule, stage, num_stages, num_microbatches),) * len(nodes)
+            for stage, nodes in enumerate(placement.nodes)
         )
     windows: list[tuple[int, ...]] = []
     for stage, (nodes, seconds, trip_s) in enumerate(zip(placement.nodes, total_SR, trip_S, strict=True)):

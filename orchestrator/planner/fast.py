@@ -50,6 +50,7 @@ from orchestrator.planner.tables import (
     SYNC,
     THROUGHPUT,
     UPLINK,
+    ZB_H1,
     Floats,
     Rules,
     Scratch,
@@ -215,6 +216,8 @@ def evaluate_into(tables: Tables, state: State, scratch: Scratch) -> None:
                 window = num_microbatches
             elif schedule == ONE_F_ONE_B:
                 window = min(num_stages - stage, num_microbatches)
+            elif schedule == ZB_H1:
+                window = min(num_stages, num_microbatches)
             else:
                 # A part by speed of what the round trip needs, and no more than memory allows.
                 wanted = needed if is_chain else needed / (scratch.total_SR[stage, replica] * speed)
@@ -242,7 +245,7 @@ def evaluate_into(tables: Tables, state: State, scratch: Scratch) -> None:
             rate = min(rate, held / trip_S[stage])
         if count > 1:
             sync_s = max(sync_s, _sync_s(tables, state, scratch, stage, num_layers, first, last))
-    if is_chain and schedule == ONE_F_ONE_B and num_stages > 2:
+    if is_chain and schedule in (ONE_F_ONE_B, ZB_H1) and num_stages > 2:
         held_up_s, slowest_s = held_up(tables, num_stages, scratch, pace_s)
         if slowest_s > 0.0:
             more_s, rate = max(more_s, held_up_s), min(rate, 1.0 / slowest_s)
@@ -259,7 +262,8 @@ def _groups_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float,
     num_stages, node_NF = state.size[0], tables.node_NF
     layers_S, counts_S, members_SR = state.layers_S, state.counts_S, state.members_SR
     forward_SR, backward_SR, total_SR = scratch.forward_SR, scratch.backward_SR, scratch.total_SR
-    pair_PPF, bytes_LF, is_split = tables.pair_PPF, tables.bytes_LF, tables.schedule == BDP_SPLIT
+    pair_PPF, bytes_LF = tables.pair_PPF, tables.bytes_LF
+    is_split = tables.schedule in (BDP_SPLIT, ZB_H1)
     places_SR, num_places_S = scratch.places_SR, scratch.num_places_S
     out_SR, into_SR = scratch.out_SR, scratch.into_SR
     list_places(tables, state, scratch)

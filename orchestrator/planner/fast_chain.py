@@ -24,6 +24,7 @@ from orchestrator.planner.tables import (
     LAYER_FORWARD,
     LAYER_WEIGHT,
     UPLINK,
+    ZB_H1,
     Scratch,
     State,
     Tables,
@@ -63,7 +64,8 @@ def chain_pace(tables: Tables, state: State, scratch: Scratch) -> tuple[float, f
             up_byte_s = max(up_byte_s, max(node_NF[next_node, UPLINK], node_NF[node, DOWNLINK]))
             trip_s += delays_s + bytes_LF[stage, FORWARD] * down_byte_s + bytes_LF[stage, BACKWARD] * up_byte_s
         scratch.beyond_S[stage] = trip_s
-        trip_s += seconds - num_layers * node_NF[node, LAYER_WEIGHT] if schedule == BDP_SPLIT else seconds
+        is_split = schedule in (BDP_SPLIT, ZB_H1)
+        trip_s += seconds - num_layers * node_NF[node, LAYER_WEIGHT] if is_split else seconds
         uplink, downlink = node_NF[node, UPLINK], node_NF[node, DOWNLINK]
         busy_s = seconds
         if uplink > 0.0 or downlink > 0.0:

@@ -12,6 +12,7 @@ from itertools import pairwise, product
 
 from actors.errors import ConfigError, PlanError
 from actors.fleet_spec import Fleet
+from actors.schedule import SPLIT
 from actors.settings import WireConfig
 from actors.spec import Plan, ScheduleName
 from orchestrator.planner.assemble import Option, plan_of
@@ -37,6 +38,9 @@ MAX_SEARCHED_NODES, MIN_CLASSED_NODES = 200, 65
 # worth, and the fewest changes.
 _REPLICA_CAPS = (2, 8, 32)
 _LOOKS_A_CHANGE, _MIN_CHANGES = 20, 500
+# ZB-H1 is asked about for so many nodes at most: among more, delays want as much in flight as links need, and each
+# schedule that is searched takes its time.
+_MOST_NODES_ZB_H1 = 16
 # Plans for described fleets that are nearer to each other than this are as good, and the plainest is taken.
 _TIE = 1e-3
 
@@ -165,7 +169,9 @@ def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) ->
     if config.schedule is None and (work.activation_checkpointing or _cores_are_shared(fleet)):
         # A half put off holds all that its blocks computed again, which memory is not counted for; and where cores are
         # shared, what waits leave of them is the other nodes'.
-        schedules = [schedule for schedule in schedules if schedule != "bdp-split"]
+        schedules = [schedule for schedule in schedules if schedule not in SPLIT]
+    if config.schedule is None and len(fleet.nodes) > _MOST_NODES_ZB_H1:
+        schedules = [schedule for schedule in schedules if schedule != "zb-h1"]
     for batch, schedule, codecs in product(config.batches(work.batch), schedules, codec_sets(config)):
         this = replace(work, batch=batch, schedule=schedule)
         problem = make_problem(fleet, this, wire, codecs=codecs)

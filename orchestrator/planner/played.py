@@ -16,7 +16,7 @@ import numpy as np
 from actors.list_schedule import Limits as Windows
 from actors.list_schedule import dispatched
 from actors.play import PipelineTimes, play
-from actors.schedule import Action, stage_actions
+from actors.schedule import FIXED, Action, stage_actions
 from orchestrator.planner.evaluate import Evaluation, backward_s, evaluate, forward_s
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.problem import Placement, Problem
@@ -35,7 +35,7 @@ def played_step_s(problem: Problem, placement: Placement, found: Evaluation) -> 
         return found.step_s
     times = _times(problem, placement)
     orders: tuple[tuple[Action, ...], ...]
-    if problem.schedule in ("gpipe", "1f1b"):
+    if problem.schedule == "gpipe" or problem.schedule == "1f1b" or problem.schedule == "zb-h1":
         orders = tuple(
             stage_actions(problem.schedule, stage, num_stages, num_microbatches) for stage in range(num_stages)
         )
@@ -59,7 +59,7 @@ def polished(problem: Problem, limits: Limits, placement: Placement) -> Placemen
     """
     num_actions = 2 * placement.num_stages * problem.num_microbatches
     is_chain = len(placement.used) == placement.num_stages
-    if not is_chain or problem.schedule not in ("gpipe", "1f1b") or limits.objective == "cheapest":
+    if not is_chain or problem.schedule not in FIXED or limits.objective == "cheapest":
         return placement
     best, left = _played_score(problem, limits, placement), _POLISHING_ACTIONS // num_actions
     while left > 0:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from actors.errors import PlanError
 from actors.fleet_spec import Fleet, NodeCard, PartTimes
+from actors.schedule import FIXED, num_in_flight
 from actors.settings import BatchSpec, WireConfig
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.problem import Floats, Ints, Problem
@@ -115,10 +116,10 @@ def _needs(problem: Problem, num_stages: int) -> tuple[Ints, Floats, Floats]:
     """Return the roomiest nodes in their order, what each layer takes there, and what is free for layers."""
     nodes_S = np.sort(np.argsort(-problem.memory_bytes_N, kind="stable")[:num_stages]).astype(np.int32)
     window_S = np.full(num_stages, 1)
-    if problem.schedule == "gpipe":
-        window_S[:] = problem.num_microbatches
-    if problem.schedule == "1f1b":
-        window_S = np.minimum(np.arange(num_stages, 0, -1), problem.num_microbatches)
+    if problem.schedule in FIXED:
+        window_S[:] = [
+            num_in_flight(problem.schedule, stage, num_stages, problem.num_microbatches) for stage in range(num_stages)
+        ]
     each_S = problem.layer_state_bytes + window_S * problem.layer_saved_bytes_N[nodes_S]
     once_S = problem.fixed_bytes_N[nodes_S] + window_S * problem.flight_bytes_N[nodes_S]
     once_S[0] += problem.first_state_bytes
@@ -137,7 +138,7 @@ def _shortage(nodes_S: Ints, sizes_S: NDArray[np.int64], short_S: Floats) -> Sho
 
 def _changes(fleet: Fleet, work: Workload, num_stages: int | None) -> Iterator[tuple[str, Fleet, Workload, int | None]]:
     """Yield changes, the smallest first: in words, and what is then planned."""
-    if work.schedule == "gpipe":
+    if work.schedule in ("gpipe", "zb-h1"):
         yield "plan.schedule=1f1b", fleet, replace(work, schedule="1f1b"), num_stages
     smaller = [size for size in range(work.batch.microbatch_size - 1, 0, -1) if work.batch.microbatch_size % size == 0]
     recomputing = replace(work, activation_checkpointing=True)

@@ -27,8 +27,8 @@ MEMORY, LAYER_SAVED, FLIGHT, FIXED, UPLINK, DOWNLINK, PRICE = range(7, 14)
 DELAY, BYTE, SHARED, FRAME = range(4)
 # Of `bytes_LF`.
 FORWARD, BACKWARD = range(2)
-SCHEDULES = ("gpipe", "1f1b", "bdp", "bdp-split")
-GPIPE, ONE_F_ONE_B, BDP, BDP_SPLIT = range(4)
+SCHEDULES = ("gpipe", "1f1b", "bdp", "bdp-split", "zb-h1")
+GPIPE, ONE_F_ONE_B, BDP, BDP_SPLIT, ZB_H1 = range(5)
 OBJECTIVES = ("throughput", "dollars", "cheapest")
 THROUGHPUT, DOLLARS, CHEAPEST = range(3)
 # What `evaluate_into` leaves in `Scratch.result`; SHORT_SHARE: what all nodes are short of, in parts of theirs.

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from actors.schedule import SPLIT
 from orchestrator.planner.evaluate import IN_FLIGHT_MARGIN, Evaluation, evaluate
 from orchestrator.planner.flow import max_flow
 from orchestrator.planner.problem import Floats, Ints, Placement, Problem
@@ -51,7 +52,7 @@ def evaluate_wide(problem: Problem, placement: Placement) -> Evaluation:
             rounds, rest = divmod(num_more, held)
             more_s = max(more_s, rounds * max(trip_s, held * pace_s) + rest * pace_s)
             rate = min(rate, held / trip_s)
-    if problem.schedule == "1f1b" and len(view.node_K) == view.num_stages:
+    if problem.schedule in ("1f1b", "zb-h1") and len(view.node_K) == view.num_stages:
         held_up_s, slowest = slowest_stretch(trip_S, beyond_S, problem.num_microbatches, pace_s)
         if slowest is not None:
             more_s, rate = max(more_s, held_up_s), min(rate, slowest.count / slowest.seconds)
@@ -123,7 +124,7 @@ class _Wide:
 
     def trips(self, total_K: Floats) -> tuple[Floats, Floats]:
         problem = self.problem
-        if problem.schedule == "bdp-split":
+        if problem.schedule in SPLIT:
             total_K = total_K - self.layers_K * problem.layer_weight_s_N[self.node_K]
         own_S = self.most(total_K)
         seconds_S = own_S.copy()
@@ -153,6 +154,8 @@ class _Wide:
             return np.full(len(self.node_K), count)
         if problem.schedule == "1f1b":
             return np.minimum(self.num_stages - self.stage_K, count)
+        if problem.schedule == "zb-h1":
+            return np.full(len(self.node_K), min(self.num_stages, count))
         needed_S = IN_FLIGHT_MARGIN * trip_S / pace_s * (1 - _ROUNDING)
         wanted_K = np.ceil(needed_S[self.stage_K] / (total_K * self.sums(1 / total_K)[self.stage_K]))
         empty_K = self.memory(np.zeros(len(self.node_K)))

@@ -13,16 +13,16 @@ from itertools import chain, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.schedule import Action, Op, stage_actions
+from actors.schedule import FIXED, SPLIT, Action, Op, stage_actions
 from actors.settings import WireConfig
 from orchestrator.planner.evaluate import backward_s, evaluate, forward_s
 from orchestrator.planner.problem import Placement, Problem
-from orchestrator.simulator.kernel import BACKWARD, FORWARD, Floats, Ints, Layout
+from orchestrator.simulator.kernel import BACKWARD, FORWARD, WEIGHT, Floats, Ints, Layout
 from orchestrator.simulator.links import loss_limited_bytes_per_s, window_limited_bytes_per_s
 from orchestrator.simulator.overheads import CodecTimes, Overheads
 
 _NO_CODEC = CodecTimes(encode_byte_s=0.0, decode_byte_s=0.0)
-_OPS = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD}
+_OPS = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD, Op.INPUT_BACKWARD: BACKWARD, Op.WEIGHT_BACKWARD: WEIGHT}
 
 # Of each stage, what it does, in order.
 Orders = Sequence[Sequence[Action]]
@@ -105,13 +105,13 @@ class Lineup:
 
     @property
     def is_split(self) -> bool:
-        return self.problem.schedule == "bdp-split"
+        return self.problem.schedule in SPLIT
 
     def orders(self, orders: Orders | None) -> tuple[Ints, Ints, Ints]:
-        """Return each node's order, line by line: the given one, else of gpipe and 1f1b their own.
+        """Return each node's order, line by line: the given one, else of fixed schedules their own.
 
-        Replicas under 1F1B, and schedules that keep as much in flight as a link needs, have none: what they do next
-        depends on what is there. Strict 1F1B could wait for itself among replicas.
+        Replicas under 1F1B and ZB-H1, and schedules that keep as much in flight as a link needs, have none: what
+        they do next depends on what is there. Strict 1F1B could wait for itself among replicas.
         """
         schedule, num_nodes = self.problem.schedule, len(self.nodes_U)
         lines: list[list[tuple[int, int]]] = [[] for _ in range(num_nodes)]
@@ -123,7 +123,7 @@ class Lineup:
                 is_mine = set(mine.tolist())
                 actions = [action for action in orders[stage] if action.microbatch in is_mine]
                 lines[u] = [(_OPS[action.op], action.microbatch) for action in actions]
-            elif schedule == "gpipe" or (schedule == "1f1b" and num_nodes == self.num_stages):
+            elif schedule == "gpipe" or (schedule in FIXED and num_nodes == self.num_stages):
                 actions = stage_actions(schedule, stage, self.num_stages, len(mine))
                 lines[u] = [(_OPS[action.op], int(mine[action.microbatch])) for action in actions]
         counts = np.cumsum([0, *(len(line) for line in lines)]).astype(np.int32)
@@ -138,6 +138,8 @@ class Lineup:
                 in_flight_S = [self.num_stages - stage for stage in range(self.num_stages)]
             elif self.problem.schedule == "gpipe":
                 in_flight_S = [self.problem.num_microbatches] * self.num_stages
+            elif self.problem.schedule == "zb-h1":
+                in_flight_S = [self.num_stages] * self.num_stages
             else:
                 windows_SR = evaluate(self.problem, self.placement).in_flight_SR
                 return np.array(list(chain.from_iterable(windows_SR)), dtype=np.int32)

@@ -54,7 +54,7 @@ def after_steps(config: RunConfig, count: int) -> Callable[[], bool]:
     return lambda: events.exists() and len(read_history(events).steps) >= count
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1", "bdp-split"])
 def test_three_stages_equal_the_plain_loop(tmp_path: Path, ray_address: str, reference: Trained, schedule: str) -> None:
     config = small_config(tmp_path, f"train.steps={STEPS}", "plan.stages=3", f"plan.schedule={schedule}")
     result = drive(config, ray_address)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from actors.list_schedule import Limits, ListScheduleName, bandwidth_delay_limits, list_schedule, make_orders
 from actors.play import PipelineTimes, Timings, play
-from actors.schedule import Action, Op, peak_held, peak_in_flight
+from actors.schedule import SPLIT, Action, Op, peak_held, peak_in_flight
 from actors.spec import ScheduleName
 from tests.schedule_cases import LIST_SCHEDULES, SCHEDULES, pipeline_times
 
@@ -21,7 +21,7 @@ def test_each_stage_does_all_of_every_microbatch_once_each_kind_in_microbatch_or
 ) -> None:
     """So weight gradients, which B and W make, are summed in the order of a plain loop."""
     for order in make_orders(schedule, times, num_microbatches):
-        kinds = "FIW" if schedule == "bdp-split" else "FB"
+        kinds = "FIW" if schedule in SPLIT else "FB"
         for kind in kinds:
             assert [a.microbatch for a in order if a.op.value == kind] == list(range(num_microbatches))
         assert len(order) == len(kinds) * num_microbatches

@@ -29,7 +29,7 @@ def pipelines(draw: st.DrawFn) -> tuple[Problem, Placement]:
     )
     problem = replace(
         problem,
-        schedule=draw(st.sampled_from(["gpipe", "1f1b", "bdp", "bdp-split"])),
+        schedule=draw(st.sampled_from(["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])),
         layer_forward_s_N=rng.uniform(0.5, 2, num_nodes),
         layer_backward_s_N=rng.uniform(1.5, 4, num_nodes),
         delay_s_PP=rng.uniform(0, 5, (num_nodes, num_nodes)),

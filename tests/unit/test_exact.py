@@ -35,7 +35,7 @@ def reference(config: RunConfig):
     return train_plainly(config)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])
 @pytest.mark.parametrize("split", [(4,), (2, 2), (1, 1, 1, 1), (3, 1), (1, 2, 1)], ids=str)
 def test_pipeline_equals_plain_loop(config: RunConfig, reference, split: tuple[int, ...], schedule: str) -> None:
     config = replace(config, plan=replace(config.plan, schedule=schedule))
@@ -51,7 +51,7 @@ def test_pipeline_equals_plain_loop(config: RunConfig, reference, split: tuple[i
         assert torch.equal(weights[name], expected), name
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "bdp-split"])
 def test_activation_checkpointing_changes_nothing(config: RunConfig, reference, schedule: str) -> None:
     config = replace(config, train=replace(config.train, activation_checkpointing=True))
     config = replace(config, plan=replace(config.plan, schedule=schedule))

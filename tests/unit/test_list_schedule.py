@@ -94,7 +94,7 @@ def test_a_played_chain_of_two_stages_by_hand() -> None:
 
 @pytest.mark.parametrize("schedule", ["bdp", "bdp-split"])
 def test_nodes_refuse_a_schedule_that_they_do_not_run_yet(schedule) -> None:
-    with pytest.raises(ScheduleError, match=r"set plan\.schedule to 1f1b or gpipe"):
+    with pytest.raises(ScheduleError, match=r"set plan\.schedule to 1f1b, zb-h1 or gpipe"):
         stage_actions(schedule, 0, 2, 4)
     with pytest.raises(ScheduleError, match="no order of its own"):
         num_in_flight(schedule, 0, 2, 4)

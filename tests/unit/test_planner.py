@@ -8,7 +8,9 @@ import torch
 from actors.codecs import CODECS
 from actors.errors import ConfigError, PlanError
 from actors.fleet_spec import Fleet
+from actors.schedule import SPLIT
 from actors.settings import WireConfig
+from actors.spec import ScheduleName
 from orchestrator.planner.choices import PlanConfig
 from orchestrator.planner.plan import even_split, make_plan
 from orchestrator.recipe import require_executed
@@ -228,17 +230,31 @@ def test_a_lost_nodes_layers_go_to_a_spare_and_the_cut_stays() -> None:
 def test_halves_of_backwards_fill_waits_but_not_those_of_nodes_that_share_cores() -> None:
     cards = [node(name) for name in "abcd"]
     apart = Fleet(nodes=tuple(replace(card, host=card.node) for card in cards), links=())
-    assert plan(apart, stages=4).schedule == "bdp-split"
+    assert plan(apart, stages=4).schedule in SPLIT
+    # Near nodes need no more in flight than 1F1B has.
+    assert plan(apart, stages=4, noise=0.0).step_s <= plan(apart, stages=4, noise=0.0, schedule="zb-h1").step_s
+    assert plan(apart, stages=4, schedule="zb-h1").step_s < plan(apart, stages=4, schedule="1f1b").step_s
     assert plan(fleet(*cards), stages=4).schedule == "bdp"
     assert plan(fleet(*cards), stages=4, schedule="bdp-split").schedule == "bdp-split"
 
 
+def test_large_fleets_are_not_searched_for_zb_h1_unless_it_is_asked_for() -> None:
+    many = Fleet(nodes=tuple(replace(node(f"n{i}"), host=f"n{i}") for i in range(17)), links=())
+    few = Fleet(nodes=many.nodes[:16], links=())
+    assert plan(few, stages=4, evaluations=500).schedule == "zb-h1"
+    assert plan(many, stages=4, evaluations=500).schedule == "bdp-split"
+    assert plan(many, stages=4, evaluations=500, schedule="zb-h1").schedule == "zb-h1"
+
+
 def test_halves_are_not_put_off_where_blocks_are_computed_again() -> None:
     apart = Fleet(nodes=tuple(replace(node(name), host=name) for name in "abcd"), links=())
-    assert plan(apart, replace(WORK, activation_checkpointing=True), stages=4).schedule != "bdp-split"
-    with pytest.raises(PlanError, match="do not go together"):
-        require_executed(PlanConfig(schedule="bdp-split"), activation_checkpointing=True)
-    require_executed(PlanConfig(schedule="bdp-split"), activation_checkpointing=False)
+    assert plan(apart, replace(WORK, activation_checkpointing=True), stages=4).schedule not in SPLIT
+    whole_of: dict[ScheduleName, ScheduleName] = {"bdp-split": "bdp", "zb-h1": "1f1b"}
+    for schedule, whole in whole_of.items():
+        with pytest.raises(PlanError, match="do not go together") as refused:
+            require_executed(PlanConfig(schedule=schedule), activation_checkpointing=True)
+        assert f"plan.schedule={whole}," in refused.value.remedy
+        require_executed(PlanConfig(schedule=schedule), activation_checkpointing=False)
     require_executed(PlanConfig(schedule="bdp"), activation_checkpointing=True)
 
 

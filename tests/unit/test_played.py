@@ -25,7 +25,7 @@ def random_chain(rng: np.random.Generator, problem: Problem) -> Placement:
     return Placement(bounds=(0, *cuts, problem.num_layers), nodes=nodes)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])
 def test_near_nodes_play_as_the_closed_form_says(schedule) -> None:
     problem = replace(uniform_problem(num_nodes=4, num_layers=4, num_microbatches=16), schedule=schedule)
     found = evaluate(problem, FOUR)
@@ -106,7 +106,7 @@ def test_polishing_takes_the_last_percents_that_the_closed_form_does_not_see() -
     assert max(gains) > 0.01
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_narrow_ways_out_and_shared_ones_take_what_the_simulator_says(schedule, shared: bool) -> None:
     wire = WireConfig(max_window_bytes=1 << 40, window_s=1e6)

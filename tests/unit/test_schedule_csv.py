@@ -88,7 +88,7 @@ def lowered_by_pytorch(orders: Orders, num_microbatches: int, path: Path) -> dic
 
 
 @needs_its_names
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])
 @pytest.mark.parametrize("delay_s", [0.0, 0.3, 3.0])
 def test_pytorch_takes_every_schedule_and_finds_its_sends_and_receives(
     schedule: ScheduleName, delay_s: float, tmp_path: Path

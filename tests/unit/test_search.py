@@ -12,7 +12,7 @@ from orchestrator.planner.search import even_placement, search
 from tests.planner_problems import random_problem, uniform_problem
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "bdp", "bdp-split"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"])
 def test_the_same_inputs_and_seed_give_the_same_plan_within_the_budget(schedule) -> None:
     problem = random_problem(3, num_nodes=9, num_layers=12, num_microbatches=16, schedule=schedule)
     limits = Limits(max_replicas=2)

@@ -73,7 +73,7 @@ def test_a_schedule_that_fills_the_delay_keeps_eight_stages_busy() -> None:
 
 
 def test_what_is_in_flight_is_the_schedules_own() -> None:
-    for schedule in ("gpipe", "1f1b"):
+    for schedule in ("gpipe", "1f1b", "zb-h1"):
         simulation = simulated(replace(problem_of(), schedule=schedule))
         expected = [num_in_flight(schedule, stage, 3, 8) for stage in range(3)]
         assert simulation.in_flight_peak_U.tolist() == expected
