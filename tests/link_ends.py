@@ -14,7 +14,7 @@ import torch
 from actors.codecs import CODECS
 from actors.errors import IsthmusError
 from actors.frame import FrameHeader, WireDtype, parse_chunk
-from actors.link import Link, LinkSettings
+from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import Expectation, Mailbox, Receipt, Verdict
 from actors.spec import Kind, LinkSizes
 
@@ -95,7 +95,7 @@ class Sender:
 
     def link(
         self,
-        carrier: Scripted | Into,
+        carrier: Carrier,
         *,
         window_bytes: int = 1 << 20,
         ack_s: float = PATIENCE_S,
