@@ -34,6 +34,8 @@ _WAITED_SHARE = 0.15
 _GAIN, _MIN_HALVED = 1.25, 5
 # The first chunk of a short row had a rate of its own, delay included, of at least so much of the row's.
 _FIRST_SHARE = 0.5
+# A round trip is known where it is so much of a chunk's time on the link.
+_MIN_TRIP_SHARE = 0.3
 # Less is lost in what threads and timers add.
 _MIN_BYTES, _MIN_SECONDS = 65_536, 0.02
 # A sender that nobody asks for readings forgets all but so many chunks.
@@ -48,7 +50,8 @@ class LinkState:
     # Where `is_measured`: the link's rate; else it is this at least.
     rate_mbps: float
     is_measured: bool
-    # One way; at most this where the rate is not measured.
+    # One way; at most this where the rate is not measured. NaN where chunks take so long on the link that it is lost in
+    # how well the rate is known.
     delay_s: float
     # What was acknowledged in that time.
     num_bytes: int
@@ -114,8 +117,11 @@ class LinkMeter:
         is_measured = num_bits >= 8 * _MIN_BYTES and seconds >= _MIN_SECONDS and rate >= at_least
         if not is_measured:
             rate = at_least
-        own_s = 1 / rate if is_measured else 0.0
-        trip_s = min(max(0.0, chunk.took_s - 8 * chunk.size_bytes * own_s) for chunk in heard)
+        quickest = min(heard, key=lambda chunk: chunk.took_s)
+        own_s = 8 * quickest.size_bytes / rate if is_measured else 0.0
+        trip_s = quickest.took_s - own_s
+        if trip_s < _MIN_TRIP_SHARE * own_s:
+            trip_s = math.nan
         return LinkState(
             rate_mbps=rate / _BITS_PER_MEGABIT,
             is_measured=is_measured,

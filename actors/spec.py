@@ -318,7 +318,7 @@ class LinkReading:
     # The link's rate where `is_measured`: chunks of it waited for one another; else the rate is this at least.
     rate_mbps: float
     is_measured: bool
-    # One way; at most this where the rate is not measured.
+    # One way; at most this where the rate is not measured; NaN where it is lost beside the rate.
     delay_s: float
     # What was acknowledged meanwhile.
     num_bytes: int

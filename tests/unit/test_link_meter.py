@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from actors.link_meter import LinkMeter, LinkState
@@ -38,7 +40,10 @@ def test_a_full_link_is_measured(rate_mbps: float, delay_s: float, seed: int) ->
     state = read(noisy, every(0.5, [frame], 4), window_bytes=max(2 * chunk_bytes, int(rate_mbps * 1e6 / 8)), seed=seed)
     assert state.is_measured
     assert state.rate_mbps == pytest.approx(rate_mbps, rel=0.15)
-    assert delay_s * 0.5 - 0.01 <= state.delay_s <= delay_s * 1.5 + 0.01
+    if 2 * delay_s > chunk_bytes * 8e-6 / rate_mbps:
+        assert state.delay_s == pytest.approx(delay_s, rel=0.35)
+    if 20 * delay_s < chunk_bytes * 8e-6 / rate_mbps:
+        assert math.isnan(state.delay_s)
 
 
 def test_single_chunks_behind_one_another_are_a_measurement() -> None:
@@ -46,7 +51,7 @@ def test_single_chunks_behind_one_another_are_a_measurement() -> None:
     state = read(constant(4.0, 0.02, jitter_s=0.01), every(6.0, [[MB], [MB]], 2))
     assert state.is_measured
     assert state.rate_mbps == pytest.approx(4.0, rel=0.15)
-    assert state.delay_s == pytest.approx(0.02, abs=0.03)
+    assert math.isnan(state.delay_s), "two seconds of a chunk say nothing of 0.02"
 
 
 def test_a_chunk_pushed_while_another_is_on_the_link_also_waits() -> None:
