@@ -52,9 +52,16 @@ def choose_thin(
 ) -> tuple[CodecPair, ...]:
     """Return a pair for each link: what is set, or, where that shortens the step by `least_gain` of it, one of `thin`.
 
-    `thin` is mildest first.
+    `thin` is mildest first. What links got together, each gives back that does without.
     """
-    return _down([(own, *thin) for own in set_L], lambda rungs: True, least_gain, step_s)
+    pairs = list(_down([(own, *thin) for own in set_L], lambda rungs: True, least_gain, step_s))
+    most_s = step_s(pairs) / (1 - least_gain)
+    for link, own in enumerate(set_L):
+        for milder in (own, *thin):
+            if milder == pairs[link] or step_s([*pairs[:link], milder, *pairs[link + 1 :]]) <= most_s:
+                pairs[link] = milder
+                break
+    return tuple(pairs)
 
 
 def _down(
