@@ -15,9 +15,8 @@ from actors.settings import BatchSpec
 from actors.spec import ScheduleName
 from orchestrator.planner.objective import Limits, Objective
 
-# The schedules that a plan is chosen from: where they are foreseen to be equally fast, the first. GPipe is not among
-# them: bdp is as fast with less in flight. bdp goes before 1f1b, for with more in flight it stands a link's unrest, which
-# no plan foresees.
+# The schedules that a plan is chosen from: where they are foreseen to be equally fast, the first. bdp goes before 1f1b,
+# for with more in flight it stands a link's unrest, which no plan foresees; and it is as fast as GPipe with less.
 CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("bdp", "1f1b", "bdp-split", "zb-h1")
 
 
