@@ -49,6 +49,7 @@ def run_figures(run: Run, timed: slice) -> dict[str, Any]:
         "actors_share": run.actors_share,
         "daemons_share": run.daemons_share,
         "trouble": [f"{e.name}: {e.text}" for e in run.history.events if e.name in TROUBLE],
+        "retuned": [f"step {e.step}: {e.text}" for e in run.history.events if e.name == "retuned"],
     }
 
 
