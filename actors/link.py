@@ -23,6 +23,7 @@ from actors.codecs import Codec
 from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.frame import FrameHeader, rounding_seed, run_id, split_frame, wire_bytes
+from actors.frame_log import SendLog
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
 from actors.outgoing import Answer, Frame, Pending, Send
 from actors.spec import CanaryReading, Kind, LinkCount
@@ -75,6 +76,8 @@ class Link:
         self._on_failure = on_failure
         self._run = run_id(settings.run)
         self._encoder = Encoder()
+        # When frames were made, sent and held up.
+        self.log = SendLog(settings.target)
         # None only wakes the thread.
         self._messages: queue.SimpleQueue[Send | Answer | None] = queue.SimpleQueue()
         self._waiting: deque[tuple[Frame, bytes]] = deque()
@@ -249,9 +252,11 @@ class Link:
             # Of a step that is run again: nobody was told of these, and each is made again.
             with self._tally_lock:
                 self._canaries.clear()
+        mark = self.log.encoding(message.header)
         payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
         chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
-        frame = Frame(message.header.kind, len(chunks))
+        self.log.encoded(mark, sum(map(len, chunks)))
+        frame = Frame(message.header.kind, len(chunks), mark)
         self._waiting.extend((frame, chunk) for chunk in chunks)
         return payload
 
@@ -288,8 +293,10 @@ class Link:
             frame, chunk = self._waiting[0]
             size = len(chunk)
             if self._in_flight_bytes and self._in_flight_bytes + size > self._settings.window_bytes:
+                self.log.block("window", frame.mark)
                 return
             self._waiting.popleft()
+            self.log.pushed(frame.mark)
             now_s = time.monotonic()
             self._num_pushed += 1
             give_up_s = now_s + self._settings.give_up_s
@@ -297,6 +304,7 @@ class Link:
             self._pending[self._num_pushed] = pending
             self._in_flight_bytes += size
             self._push(self._num_pushed, pending)
+        self.log.unblock("window")
 
     def _push(self, number: int, pending: Pending) -> None:
         pending.attempt += 1
@@ -322,6 +330,8 @@ class Link:
         if pending is None:
             return
         answer = message.answer
+        is_busy = isinstance(answer, Receipt) and answer.verdict is Verdict.BUSY
+        self.log.answered(message.chunk, pending.frame.mark, is_busy=is_busy)
         if isinstance(answer, Receipt) and answer.verdict is Verdict.REFUSED:
             raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
         if isinstance(answer, Receipt) and answer.verdict in _SETTLED:
@@ -334,6 +344,7 @@ class Link:
         self._in_flight_bytes -= len(pending.chunk)
         pending.frame.chunks_left -= 1
         if pending.frame.chunks_left == 0:
+            self.log.settled(pending.frame.mark)
             self._make_room(1)
 
     def _postpone(self, pending: Pending, answer: Receipt | IsthmusError) -> None:
@@ -375,3 +386,4 @@ class Link:
         self._waiting.clear()
         self._pending.clear()
         self._in_flight_bytes = 0
+        self.log.drop()

@@ -20,6 +20,7 @@ from actors.data import Microbatch, TokenSource
 from actors.dispatch import Dispatch
 from actors.engine import StageEngine
 from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
+from actors.frame_log import drain_times
 from actors.kernels.dispatch import prepare_kernels
 from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
@@ -263,6 +264,7 @@ class Stage:
         outlets = (self._ports.to_previous, self._ports.to_next)
         actions = timeline.actions()
         frame_s = self._ports.frame_s
+        logs = [outlet.link.log for outlet in outlets if outlet]
         return StepReport(
             run=order.run,
             generation=order.generation,
@@ -282,6 +284,7 @@ class Stage:
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
             held_bytes=engine.held_bytes(),
+            frames=drain_times(self._mailbox.log, logs, (order.generation, order.step), timeline.start_s),
         )
 
     def _require_current(self, run: str, generation: int) -> None:
