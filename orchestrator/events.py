@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
+from actors.frame_times import FrameTimes
 from orchestrator.records import EvalRecord, EventRecord, StepRecord
 from orchestrator.runfolder import disk_errors
 
@@ -23,7 +24,9 @@ Record = StepRecord | EvalRecord | EventRecord
 
 _KINDS: dict[str, type[Record]] = {"step": StepRecord, "evaluation": EvalRecord, "event": EventRecord}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_MAX_LINE_BYTES = 4_194_304
+_MAX_LINE_BYTES = 16_777_216
+# A frame takes some 140 bytes of JSON; a step that has more frames than this is kept without them.
+_MOST_FRAMES = 30_000
 
 
 def is_due(record: StepRecord, every: int) -> bool:
@@ -92,7 +95,7 @@ def _shape(kind: type) -> dict[str, tuple[Any, bool]]:
 class EventsFile:
     """The sink that appends every record to events.jsonl, a line at a time, each with its `type`.
 
-    Only every `timeline_every`-th step keeps its stages' actions: they would be nine tenths of the file.
+    Only every `timeline_every`-th step keeps its stages' actions and frames: they would be nine tenths of the file.
     Raises DiskFull.
     """
 
@@ -108,7 +111,7 @@ class EventsFile:
         """Nothing: config.yaml and plan.json hold them."""
 
     def step(self, record: StepRecord) -> None:
-        self._append(record if is_due(record, self._timeline_every) else without_actions(record))
+        self._append(with_few_frames(record) if is_due(record, self._timeline_every) else without_actions(record))
 
     def evaluation(self, record: EvalRecord) -> None:
         self._append(record)
@@ -135,8 +138,18 @@ def _is_torn(file: BinaryIO) -> bool:
 
 
 def without_actions(record: StepRecord) -> StepRecord:
-    """Return the record without the times of single actions."""
-    return replace(record, stages=tuple(replace(stage, actions=()) for stage in record.stages))
+    """Return the record without the times of single actions and frames."""
+    return replace(record, stages=tuple(replace(stage, actions=(), frames=FrameTimes()) for stage in record.stages))
+
+
+def without_frames(record: StepRecord) -> StepRecord:
+    """Return the record without the times of single frames."""
+    return replace(record, stages=tuple(replace(stage, frames=FrameTimes()) for stage in record.stages))
+
+
+def with_few_frames(record: StepRecord) -> StepRecord:
+    """Return the record, without the times of its frames where they would make a file that nobody can read."""
+    return record if sum(len(stage.frames) for stage in record.stages) <= _MOST_FRAMES else without_frames(record)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from actors.frame_times import FrameTimes
 from actors.spec import ActionTime, StepReport
 
 
@@ -27,6 +28,9 @@ class StageRecord:
     node: str = ""
     # Of the peak, what training took: over what the idle process held.
     held_bytes: int = 0
+    # The step on this node's own clock; None where it was not kept. The frames beside `actions`, where they are kept.
+    step_s: float | None = None
+    frames: FrameTimes = field(default_factory=FrameTimes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,8 @@ def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRe
             peak_memory_bytes=report.peak_memory_bytes,
             actions=report.actions,
             held_bytes=report.held_bytes,
+            step_s=report.step_s,
+            frames=report.frames,
         )
         for report in sorted(reports, key=lambda report: report.stage)
     )
