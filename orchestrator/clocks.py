@@ -28,6 +28,7 @@ from orchestrator.records import StageRecord
 # A frame whose chunks all came within this is taken for one of a single chunk.
 _AT_ONCE_S = 1e-4
 _BYTES_A_MEGABIT = 125_000
+_MOST_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class LinkFigures:
 
     def first_chunk_bytes(self, frame_bytes: int) -> int:
         return min(frame_bytes, self.chunk_bytes + HEADER_BYTES)
+
+
+def is_time(seconds: float) -> bool:
+    """Whether this is a number, and one that a clock may show: less than thirty years from the step's start."""
+    return abs(seconds) < _MOST_S
 
 
 def link_figures(plan: Plan | None) -> dict[tuple[int, int], LinkFigures]:

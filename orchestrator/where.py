@@ -25,7 +25,7 @@ from enum import Enum
 from statistics import fmean
 
 from actors.spec import COMPUTES, WAITS, ActionTime
-from orchestrator.clocks import LinkFigures, step_starts
+from orchestrator.clocks import LinkFigures, is_time, step_starts
 from orchestrator.frame_ways import FrameKey, FrameWays, Leg, Stretch, frame_ways
 from orchestrator.records import StageRecord, StepRecord
 
@@ -84,6 +84,7 @@ class StageTime:
     """All of a stage's time in some steps; the parts add up to it."""
 
     stage: int
+    num_steps: int
     parts: tuple[Part, ...]
 
     @property
@@ -108,17 +109,20 @@ def where_time_went(
     `figures`: what is known of the links beforehand; without it a link that is held up by its window counts as busy.
     """
     totals: dict[int, dict[tuple[Cause, Place], float]] = defaultdict(lambda: defaultdict(float))
+    num_steps: dict[int, int] = defaultdict(int)
     for record in steps:
         starts = step_starts(record.stages, figures) if _can_tell(record) else None
         if starts is None:
             continue
         step = _Step(record, starts, frame_ways(record.stages, starts, figures))
         for stage in record.stages:
+            num_steps[stage.stage] += 1
             for cause, place, seconds in step.parts(stage.stage):
                 totals[stage.stage][cause, place] += seconds
     return tuple(
         StageTime(
             stage=stage,
+            num_steps=num_steps[stage],
             parts=tuple(
                 Part(cause=cause, place=place, seconds=seconds)
                 for (cause, place), seconds in sorted(totals[stage].items(), key=lambda item: -item[1])
@@ -151,7 +155,7 @@ def _can_tell(record: StepRecord) -> bool:
         seconds += [t for action in stage.actions for t in (action.start_s, action.end_s)]
         seconds += [t for frame in stage.frames.arrived for t in (frame.first_s, frame.whole_s, frame.decoded_s)]
         seconds += [t for block in stage.frames.blocked for t in (block.start_s, block.end_s)]
-    return all(map(math.isfinite, seconds))
+    return all(map(is_time, seconds))
 
 
 @dataclass(frozen=True)
