@@ -61,6 +61,10 @@ class SendLog:
         self._open: dict[BlockedBy, tuple[float, Moment]] = {}
         # Chunks that the peer did not let in yet.
         self._refused: set[int] = set()
+        # Of the step that was drained last: when, its start, and its frames that were still on their way.
+        self._drained: Moment | None = None
+        self._drained_start_s = 0.0
+        self._late: list[SendMark] = []
 
     def encoding(self, header: FrameHeader) -> SendMark:
         """Begin a frame's notes: it is encoded now."""
@@ -115,17 +119,36 @@ class SendLog:
         self.unblock("room")
         self.unblock("window")
 
-    def drain(self, moment: Moment, start_s: float) -> tuple[tuple[SentFrame, ...], tuple[BlockedTime, ...]]:
-        """Return a step's notes, in seconds from `start_s`, and forget them and those of all steps before."""
+    def drain(self, moment: Moment, start_s: float) -> tuple[FrameTimes, FrameTimes]:
+        """Return a step's notes, and what came late of the step before; forget them and those of all steps before.
+
+        Each in seconds from its own step's start, which for this one is `start_s`. Late is what was still on its way
+        when the step before was drained; nothing where that was not the step before this one.
+        """
         with self._lock:
-            marks = self._marks.drain(moment)
-            blocks = self._blocks.drain(moment)
-            for why, (since_s, blocked_moment) in self._open.items():
-                if blocked_moment <= moment:
-                    now_s = self._clock()
-                    blocks.append((why, since_s, now_s))
-                    # What is left of it belongs to no step before the next.
-                    self._open[why] = now_s, (moment[0], moment[1] + 1)
+            self._note_open()
+            late_marks, late_blocks = self._late, []
+            if self._drained is not None and self._drained < moment:
+                # Some were not even encoded by then.
+                late_marks = late_marks + self._marks.drain(self._drained)
+                late_blocks = self._blocks.drain(self._drained)
+            marks, blocks = self._marks.drain(moment), self._blocks.drain(moment)
+        late = self._times(late_marks, late_blocks, self._drained_start_s)
+        is_next = self._drained is not None and self._drained[1] + 1 == moment[1]
+        self._late = [mark for mark in marks if math.isnan(mark.settled_s)]
+        self._drained, self._drained_start_s = moment, start_s
+        return self._times(marks, blocks, start_s), late if is_next else FrameTimes()
+
+    def _note_open(self) -> None:
+        """Cut what holds the link up in two: up to now, and what is to come; the lock is held."""
+        now_s = self._clock()
+        for why, (since_s, moment) in self._open.items():
+            self._blocks.add(moment, (why, since_s, now_s))
+            self._open[why] = now_s, moment
+
+    def _times(
+        self, marks: Sequence[SendMark], blocks: Sequence[tuple[BlockedBy, float, float]], start_s: float
+    ) -> FrameTimes:
         sent = tuple(
             SentFrame(
                 target_stage=self._target,
@@ -148,7 +171,7 @@ class SendLog:
             )
             for why, began_s, ended_s in blocks
         )
-        return sent, blocked
+        return FrameTimes(sent=sent, blocked=blocked)
 
 
 class ArrivalLog:
@@ -184,14 +207,21 @@ class ArrivalLog:
         )
 
 
-def drain_times(arrivals: ArrivalLog, links: Sequence[SendLog], moment: Moment, start_s: float) -> FrameTimes:
-    """Return all of a stage's notes of one step, in seconds from `start_s`, and forget them."""
+def drain_times(
+    arrivals: ArrivalLog, links: Sequence[SendLog], moment: Moment, start_s: float
+) -> tuple[FrameTimes, FrameTimes]:
+    """Return all of a stage's notes of one step, and what came late of the step before, as `SendLog.drain` does."""
     drained = [log.drain(moment, start_s) for log in links]
-    return FrameTimes(
-        sent=tuple(frame for sent, _ in drained for frame in sent),
+    own = FrameTimes(
+        sent=tuple(frame for times, _ in drained for frame in times.sent),
         arrived=arrivals.drain(moment, start_s),
-        blocked=tuple(block for _, blocked in drained for block in blocked),
+        blocked=tuple(block for times, _ in drained for block in times.blocked),
     )
+    late = FrameTimes(
+        sent=tuple(frame for _, times in drained for frame in times.sent),
+        blocked=tuple(block for _, times in drained for block in times.blocked),
+    )
+    return own, late
 
 
 class _ByStep(Generic[_Entry]):

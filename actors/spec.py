@@ -344,6 +344,8 @@ class StepReport:
     held_bytes: int = 0
     # When frames of this step were made, sent, held up and read; compute and waits are in `actions`.
     frames: FrameTimes = field(default_factory=FrameTimes)
+    # Of the step before, from its own start: frames that were still on their way when this stage reported it.
+    late_frames: FrameTimes = field(default_factory=FrameTimes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,8 +264,7 @@ class Stage:
         outlets = (self._ports.to_previous, self._ports.to_next)
         actions = timeline.actions()
         frame_s = self._ports.frame_s
-        logs = [outlet.link.log for outlet in outlets if outlet]
-        return StepReport(
+        report = StepReport(
             run=order.run,
             generation=order.generation,
             step=order.step,
@@ -284,8 +283,10 @@ class Stage:
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
             held_bytes=engine.held_bytes(),
-            frames=drain_times(self._mailbox.log, logs, (order.generation, order.step), timeline.start_s),
         )
+        logs = [outlet.link.log for outlet in outlets if outlet]
+        frames, late = drain_times(self._mailbox.log, logs, (order.generation, order.step), timeline.start_s)
+        return replace(report, frames=frames, late_frames=late)
 
     def _require_current(self, run: str, generation: int) -> None:
         if run != self._assignment.run:

@@ -102,6 +102,8 @@ class EventsFile:
     def __init__(self, path: Path, timeline_every: int) -> None:
         self._path = path
         self._timeline_every = timeline_every
+        # The last step that was written with its frames.
+        self._kept_step = -2
         with disk_errors(path):
             self._file = open(path, "a+b")  # noqa: SIM115 - closed by `finish`
             if _is_torn(self._file):
@@ -111,7 +113,14 @@ class EventsFile:
         """Nothing: config.yaml and plan.json hold them."""
 
     def step(self, record: StepRecord) -> None:
-        self._append(with_few_frames(record) if is_due(record, self._timeline_every) else without_actions(record))
+        is_kept = is_due(record, self._timeline_every)
+        kept = with_few_frames(record) if is_kept else without_actions(record)
+        # The rest of the frames of a step that was kept.
+        is_next = self._kept_step + 1 == record.step
+        kept = with_late_of(kept, with_few_frames(record) if is_next else without_frames(record))
+        if is_kept:
+            self._kept_step = record.step
+        self._append(kept)
 
     def evaluation(self, record: EvalRecord) -> None:
         self._append(record)
@@ -139,17 +148,26 @@ def _is_torn(file: BinaryIO) -> bool:
 
 def without_actions(record: StepRecord) -> StepRecord:
     """Return the record without the times of single actions and frames."""
-    return replace(record, stages=tuple(replace(stage, actions=(), frames=FrameTimes()) for stage in record.stages))
+    bare = without_frames(record)
+    return replace(bare, stages=tuple(replace(stage, actions=()) for stage in bare.stages))
 
 
 def without_frames(record: StepRecord) -> StepRecord:
-    """Return the record without the times of single frames."""
-    return replace(record, stages=tuple(replace(stage, frames=FrameTimes()) for stage in record.stages))
+    """Return the record without the times of single frames, of this step and of the one before."""
+    none = FrameTimes()
+    return replace(record, stages=tuple(replace(s, frames=none, late_frames=none) for s in record.stages))
+
+
+def with_late_of(record: StepRecord, whole: StepRecord) -> StepRecord:
+    """Return the record with the late frames of `whole`, which is the same one with all of them."""
+    pairs = zip(record.stages, whole.stages, strict=True)
+    return replace(record, stages=tuple(replace(stage, late_frames=full.late_frames) for stage, full in pairs))
 
 
 def with_few_frames(record: StepRecord) -> StepRecord:
     """Return the record, without the times of its frames where they would make a file that nobody can read."""
-    return record if sum(len(stage.frames) for stage in record.stages) <= _MOST_FRAMES else without_frames(record)
+    num_frames = sum(len(stage.frames) + len(stage.late_frames) for stage in record.stages)
+    return record if num_frames <= _MOST_FRAMES else without_frames(record)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ class StageRecord:
     # The step on this node's own clock; None where it was not kept. The frames beside `actions`, where they are kept.
     step_s: float | None = None
     frames: FrameTimes = field(default_factory=FrameTimes)
+    # What was missing in the frames of the step before: see orchestrator.late_frames.
+    late_frames: FrameTimes = field(default_factory=FrameTimes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRe
             held_bytes=report.held_bytes,
             step_s=report.step_s,
             frames=report.frames,
+            late_frames=report.late_frames,
         )
         for report in sorted(reports, key=lambda report: report.stage)
     )

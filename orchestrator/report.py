@@ -25,6 +25,7 @@ from actors.spec import Plan
 from orchestrator.clocks import link_figures
 from orchestrator.console import duration_text
 from orchestrator.events import History, read_history
+from orchestrator.late_frames import with_late_frames
 from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timeline_picture
 from orchestrator.records import LinkRecord, StepRecord
 from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
@@ -216,11 +217,14 @@ def _where(history: History, view: RunView) -> tuple[list[tuple[str, ...]], tupl
 
 
 def _with_last(steps: Sequence[StepRecord], status: Status | None) -> tuple[StepRecord, ...]:
-    """Return the steps on record, the last with its actions, which status.json has where the events file has not."""
+    """Return the steps on record, the last with its actions, which status.json has where the events file has not.
+
+    Each has those of its frames too that were told a step later.
+    """
     last = status.step if status else None
     if last is not None and steps and steps[-1].step == last.step and not any(s.actions for s in steps[-1].stages):
-        return (*steps[:-1], last)
-    return tuple(steps)
+        steps = (*steps[:-1], last)
+    return with_late_frames(steps)
 
 
 def _history(run: Path) -> History:

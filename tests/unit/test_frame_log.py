@@ -81,7 +81,7 @@ def test_a_frames_way_out_is_noted_with_one_look_at_the_clock_for_each_thing() -
         log.pushed(mark)
     log.settled(mark)
     assert clock.num_looks == 4
-    sent, blocked = log.drain((1, 0), 0.5)
+    own, late = log.drain((1, 0), 0.5)
     frame = SentFrame(
         target_stage=1,
         is_gradient=False,
@@ -92,15 +92,15 @@ def test_a_frames_way_out_is_noted_with_one_look_at_the_clock_for_each_thing() -
         settled_s=3.5,
         wire_bytes=500,
     )
-    assert sent == (frame,)
-    assert blocked == ()
-    assert log.drain((1, 0), 0.0) == ((), ())
+    assert own == FrameTimes(sent=(frame,))
+    assert late == FrameTimes()
+    assert log.drain((1, 0), 0.0) == (FrameTimes(), FrameTimes())
 
 
 def test_what_has_not_happened_yet_is_not_a_number() -> None:
     log = SendLog(1, Clock())
     log.encoding(header_of(0))
-    ((frame,), _) = log.drain((1, 0), 0.0)
+    (frame,) = log.drain((1, 0), 0.0)[0].sent
     assert frame.encode_start_s == 1.0
     assert all(math.isnan(t) for t in (frame.encode_end_s, frame.pushed_s, frame.settled_s))
 
@@ -115,10 +115,10 @@ def test_steps_are_apart_and_evaluations_are_not_noted() -> None:
     log.unblock("window")
     arrivals.arrived(header_of(7, kind=Kind.EVAL_ACTIVATION), 0.0, 0.0)
     for step in (0, 1):
-        sent, blocked = log.drain((1, step), 0.0)
-        assert [frame.microbatch for frame in sent] == [step]
+        own, _ = log.drain((1, step), 0.0)
+        assert [frame.microbatch for frame in own.sent] == [step]
         assert [frame.microbatch for frame in arrivals.drain((1, step), 0.0)] == [step]
-        assert blocked == ()
+        assert own.blocked == ()
 
 
 def test_memory_is_bounded_in_a_step_and_over_steps_that_nobody_asks_for() -> None:
@@ -128,12 +128,12 @@ def test_memory_is_bounded_in_a_step_and_over_steps_that_nobody_asks_for() -> No
         log.block("window", mark)
         log.unblock("window")
         arrivals.arrived(header_of(microbatch), 0.0, 0.0)
-    sent, blocked = log.drain((1, 0), 0.0)
-    assert len(sent) == len(blocked) == len(arrivals.drain((1, 0), 0.0)) == MOST_FRAMES
+    own, _ = log.drain((1, 0), 0.0)
+    assert len(own.sent) == len(own.blocked) == len(arrivals.drain((1, 0), 0.0)) == MOST_FRAMES
     for generation in range(1, 50):
         log.encoding(header_of(0, generation=generation))
         arrivals.arrived(header_of(0, generation=generation), 0.0, 0.0)
-    kept = [generation for generation in range(50) if log.drain((generation, 0), 0.0)[0]]
+    kept = [generation for generation in range(50) if log.drain((generation, 0), 0.0)[0].sent]
     assert kept == [47, 48, 49]
     assert [generation for generation in range(50) if arrivals.drain((generation, 0), 0.0)] == [47, 48, 49]
 
@@ -144,7 +144,7 @@ def test_a_frame_takes_few_bytes_of_a_report() -> None:
     for microbatch in range(64):
         log.encoded(log.encoding(header_of(microbatch)), 1000)
         arrivals.arrived(header_of(microbatch), 0.0, 0.0)
-    times = FrameTimes(sent=log.drain((1, 0), 0.0)[0], arrived=arrivals.drain((1, 0), 0.0))
+    times = FrameTimes(sent=log.drain((1, 0), 0.0)[0].sent, arrived=arrivals.drain((1, 0), 0.0))
     assert len(times) == 128
     assert len(pickle.dumps(times)) < 128 * 110
 
@@ -162,30 +162,71 @@ def test_being_held_up_is_one_span_from_the_first_time_it_is_said_to_the_last() 
     log.answered(4, mark, is_busy=False)
     log.answered(9, mark, is_busy=False)
     log.answered(5, mark, is_busy=False)
-    _, blocked = log.drain((1, 0), 0.0)
-    assert blocked == (
+    assert log.drain((1, 0), 0.0)[0].blocked == (
         BlockedTime(target_stage=1, why="window", start_s=2.0, end_s=3.0),
         BlockedTime(target_stage=1, why="room", start_s=4.0, end_s=5.0),
     )
 
 
-def test_what_still_holds_a_link_up_is_told_up_to_now_and_goes_on_in_the_next_step() -> None:
+def test_what_comes_late_is_told_with_the_next_step_on_its_own_steps_clock() -> None:
+    clock = Clock()
+    log = SendLog(1, clock)
+    sent = log.encoding(header_of(0))
+    for note in (lambda mark: log.encoded(mark, 10), log.pushed, log.settled):
+        note(sent)
+    under_way = log.encoding(header_of(1))
+    log.encoded(under_way, 20)
+    log.block("window", under_way)
+    # now it is 7 s
+    own, late = log.drain((1, 0), 4.0)
+    assert [frame.microbatch for frame in own.sent] == [0, 1]
+    assert math.isnan(own.sent[1].pushed_s)
+    assert own.blocked == (BlockedTime(target_stage=1, why="window", start_s=3.0, end_s=4.0),)
+    assert late == FrameTimes()
+    log.unblock("window")
+    log.pushed(under_way)
+    log.settled(under_way)
+    # One that was not even encoded by then.
+    log.encoding(header_of(2))
+    log.encoding(header_of(0, step=1))
+    own, late = log.drain((1, 1), 12.0)
+    assert [frame.microbatch for frame in own.sent] == [0]
+    assert own.blocked == ()
+    assert [(frame.microbatch, frame.encode_start_s, frame.settled_s) for frame in late.sent[:1]] == [(1, 1.0, 7.0)]
+    assert [frame.microbatch for frame in late.sent] == [1, 2]
+    assert late.blocked == (BlockedTime(target_stage=1, why="window", start_s=4.0, end_s=5.0),)
+    # The last is of that step for good; the frame of step 1 is late now.
+    _, late = log.drain((1, 2), 0.0)
+    assert [frame.microbatch for frame in late.sent] == [0]
+    assert log.drain((1, 3), 0.0) == (FrameTimes(), FrameTimes())
+
+
+def test_late_is_only_what_is_of_the_step_before() -> None:
     log = SendLog(1, Clock())
-    log.block("room", log.encoding(header_of(0)))
-    assert log.drain((1, 0), 0.0)[1] == (BlockedTime(target_stage=1, why="room", start_s=2.0, end_s=3.0),)
-    assert log.drain((1, 0), 0.0)[1] == ()
-    log.unblock("room")
-    assert log.drain((1, 1), 3.0)[1] == (BlockedTime(target_stage=1, why="room", start_s=0.0, end_s=1.0),)
-    # What is given up holds nothing up.
-    mark = log.encoding(header_of(0, step=2))
+    for step in (0, 2):
+        log.encoding(header_of(0, step=step))
+        assert log.drain((1, step), 0.0)[1] == FrameTimes()
+    # A step that is run again, under a new generation, is still the next one.
+    log.encoding(header_of(0, step=3))
+    log.encoding(header_of(0, step=3, generation=2))
+    own, late = log.drain((2, 3), 0.0)
+    assert (len(own.sent), len(late.sent)) == (1, 1)
+
+
+def test_what_is_given_up_holds_nothing_up() -> None:
+    log = SendLog(1, Clock())
+    mark = log.encoding(header_of(0))
     log.answered(1, mark, is_busy=True)
     log.drop()
-    (span,) = log.drain((1, 2), 0.0)[1]
-    assert span.end_s - span.start_s == 1.0
+    (span,) = log.drain((1, 0), 0.0)[0].blocked
+    assert (span.why, span.end_s - span.start_s) == ("room", 1.0)
+    log.answered(1, mark, is_busy=False)
+    assert log.drain((1, 1), 0.0)[1].blocked == ()
 
 
 def drain_link(link: Link) -> tuple[tuple[SentFrame, ...], tuple[BlockedTime, ...]]:
-    return link.log.drain((1, 0), 0.0)
+    own, _ = link.log.drain((1, 0), 0.0)
+    return own.sent, own.blocked
 
 
 def test_a_link_notes_each_frame_in_the_order_of_things(sender: Sender) -> None:

@@ -124,3 +124,31 @@ def test_an_order_that_runs_no_step_notes_nothing(tmp_path: Path, monkeypatch: p
         reports = pipeline._all("step", pipeline._order(run_step=False))
         assert all(report.frames == FrameTimes() for report in reports)
         assert all(len(report.frames) for report in one_step(pipeline))
+
+
+def test_what_a_stage_had_not_sent_when_it_reported_is_told_a_step_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = ("wire.min_chunk_bytes=1024", "wire.max_chunk_bytes=1024", "wire.max_window_bytes=1024")
+    config = small_config(tmp_path, "plan.schedule=gpipe", *narrow)
+    with pipeline_over(SlowCarrier, config, monkeypatch) as pipeline:
+        reports: list[list[StepReport]] = []
+        order_all = pipeline._all
+
+        def noting(method: str, order: object) -> list[StepReport]:
+            reports.append(order_all(method, order))
+            return reports[-1]
+
+        monkeypatch.setattr(pipeline, "_all", noting)
+        pipeline.run(2)
+    (*_, last), (*_, after), (*_, settled) = reports
+    # All six gradients are made at once and wait for one another's chunks.
+    known = {frame.microbatch for frame in last.frames.sent if not math.isnan(frame.settled_s)}
+    late = {frame.microbatch: frame for frame in after.late_frames.sent}
+    assert known | late.keys() == set(range(6))
+    assert len(late) >= 3
+    assert all(frame.settled_s > last.step_s for frame in late.values())
+    assert {block.why for block in after.late_frames.blocked} == {"window"}
+    assert settled.late_frames.sent
+    # Told once: of this step there are this step's only.
+    assert all(frame.encode_start_s >= 0 for frame in after.frames.sent)

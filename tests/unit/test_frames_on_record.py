@@ -11,6 +11,7 @@ import pytest
 import orchestrator.events as events
 from actors.frame_times import FrameTimes
 from orchestrator.events import EventsFile, decode, encode, read_history, with_few_frames
+from orchestrator.late_frames import with_late_frames
 from orchestrator.records import StageRecord, StepRecord
 from orchestrator.runfolder import RunFolder
 from orchestrator.status import StatusFile, read_status
@@ -96,3 +97,46 @@ def test_status_has_the_last_steps_frames_only_once_the_run_has_ended(tmp_path: 
     status = read_status(folder.path).status
     assert status is not None
     assert status.step == played_step(RIG)
+
+
+def with_late(record: StepRecord, late: FrameTimes) -> StepRecord:
+    first, *others = record.stages
+    return replace(record, stages=(replace(first, late_frames=late), *others))
+
+
+def cut_short(record: StepRecord) -> tuple[StepRecord, FrameTimes]:
+    """A step whose first stage reported before its last two frames were through, and what it tells of them later."""
+    first, *others = record.stages
+    *known, under_way, last = first.frames.sent
+    early = replace(under_way, settled_s=math.nan)
+    *blocks, held = first.frames.blocked
+    frames = replace(first.frames, sent=(*known, early), blocked=tuple(blocks))
+    late = FrameTimes(sent=(under_way, last), blocked=(held,))
+    return replace(record, stages=(replace(first, frames=frames), *others)), late
+
+
+def test_what_came_late_is_put_where_it_belongs() -> None:
+    short, late = cut_short(played_step(RIG, 4))
+    after = with_late(make_step(5), late)
+    whole, same = with_late_frames([short, after])
+    assert whole == played_step(RIG, 4)
+    assert same == after
+    # Only from the very next step, and only into frames that were kept.
+    assert with_late_frames([short, replace(after, step=6)])[0] == short
+    assert with_late_frames([make_step(4), after])[0] == make_step(4)
+    assert with_late_frames([short]) == (short,)
+    assert with_late_frames([]) == ()
+
+
+def test_the_events_file_keeps_what_came_late_of_the_steps_it_keeps(tmp_path: Path) -> None:
+    file = EventsFile(tmp_path / "events.jsonl", timeline_every=10)
+    short, late = cut_short(played_step(RIG, 9))
+    for record in (played_step(RIG, 8), with_late(short, late), with_late(played_step(RIG, 10), late)):
+        file.step(record)
+    file.step(with_late(played_step(RIG, 11), late))
+    file.finish(0)
+    before, kept, after, last = read_history(tmp_path / "events.jsonl").steps
+    assert with_late_frames([before, kept, after, last])[1] == played_step(RIG, 9)
+    late_frames = [record.stages[0].late_frames for record in (before, kept, after, last)]
+    assert late_frames == [FrameTimes(), FrameTimes(), late, FrameTimes()]
+    assert (num_frames(before), num_frames(after)) == (0, 0)
