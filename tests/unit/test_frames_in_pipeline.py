@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ from actors.frame import parse_chunk
 from actors.frame_times import FrameTimes
 from actors.mailbox import Receipt
 from actors.spec import COMPUTES, WAITS, StepReport
+from orchestrator.clocks import step_starts
 from orchestrator.config import RunConfig
+from orchestrator.records import stage_records
+from orchestrator.where import Cause, where_time_went
 from tests.lab.inprocess import DirectCarrier, Pipeline, open_pipeline
 from tests.link_ends import BUSY, quicken_repeats
 from tests.small_run import small_config
+from tests.unit.synthetic_run import make_step
 
 
 class SlowCarrier(DirectCarrier):
@@ -152,3 +157,41 @@ def test_what_a_stage_had_not_sent_when_it_reported_is_told_a_step_later(
     assert settled.late_frames.sent
     # Told once: of this step there are this step's only.
     assert all(frame.encode_start_s >= 0 for frame in after.frames.sent)
+
+
+class FarCarrier(DirectCarrier):
+    """A link with a delay both ways: a chunk comes late, and its receipt as late again."""
+
+    delay_s = 0.05
+
+    def push(self, chunk: bytes) -> Future[Receipt]:
+        answer: Future[Receipt] = Future()
+
+        def receive() -> None:
+            receipt = self.stages[self.target].receive(chunk)
+            self._later(lambda: answer.set_result(receipt))
+
+        self._later(receive)
+        return answer
+
+    def _later(self, act: Callable[[], None]) -> None:
+        timer = threading.Timer(self.delay_s, act)
+        timer.daemon = True
+        timer.start()
+
+
+def test_what_a_real_pipeline_notes_tells_where_its_time_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipeline_over(FarCarrier, small_config(tmp_path), monkeypatch) as pipeline:
+        reports = one_step(pipeline)
+    step_s = max(report.step_s for report in reports) + 0.01
+    record = replace(make_step(0), step_s=step_s, stages=stage_records(reports, step_s))
+    starts = step_starts(record.stages, {})
+    assert starts is not None
+    # All were called at once; what lies between them is the time to wake three threads.
+    assert all(abs(start_s) < 0.5 for start_s in starts.values())
+    for time in where_time_went([record], {}):
+        assert time.total_s >= step_s - 1e-6
+        # A microbatch is four delays on its way through three stages and back, of which compute may hide some.
+        assert time.seconds(Cause.DELAY) >= 2 * FarCarrier.delay_s
+        assert time.share(Cause.DELAY) > time.share(Cause.BUSY, Cause.CODEC, Cause.WINDOW, Cause.ROOM)
+        assert sum(time.share(cause) for cause in Cause) == pytest.approx(1.0)
