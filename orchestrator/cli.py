@@ -236,7 +236,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     config = load_config(arguments.words)
     with catch_interrupts(lambda: _announce_stop(console)) as interrupted:
         result = train(config, address=arguments.address, console=console, interrupted=interrupted)
-    if where := where_text(result.folder):
+    if where := where_text(result.folder, is_last_enough=True):
         console.print(where, highlight=False, markup=False, soft_wrap=True)
     if not result.finished:
         console.print(f"saved at step {result.step}; the same command goes on from there")

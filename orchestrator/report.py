@@ -29,13 +29,13 @@ from orchestrator.late_frames import with_late_frames
 from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timeline_picture
 from orchestrator.records import LinkRecord, StepRecord
 from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
-from orchestrator.status import RunView, Status, read_status
+from orchestrator.status import Status, read_status
 from orchestrator.tracefile import trace_document
 from orchestrator.where import telling_steps, where_time_went
 from orchestrator.would_help import where_rows, would_help
 
 _MAX_CONFIG_CHARS = 1_048_576
-_WHERE_TITLE = "where the time of the last steps went"
+_WHERE_TITLE = "where the time went"
 _LOSS_CAPTION = "loss over tokens trained on"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -200,9 +200,15 @@ def trace_path(page: Path) -> Path:
     return page.with_name(f"{page.name.removesuffix('.html')}.trace.json")
 
 
-def where_text(run: Path) -> str:
-    """Return where the time of a run's last steps went and what would help, as text; empty where no step tells."""
-    rows, said = _where(_history(run), read_status(run))
+def where_text(run: Path, *, is_last_enough: bool = False) -> str:
+    """Return where the time of a run's last steps went and what would help, as text; empty where no step tells.
+
+    `is_last_enough`: of the very last step alone, without reading the whole history.
+    """
+    view = read_status(run)
+    last = view.status.step if view.status else None
+    steps = () if last is None else (last,)
+    rows, said = _where(steps if is_last_enough else _with_last(_history(run).steps, view.status), view.plan)
     if not rows:
         return ""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -210,10 +216,10 @@ def where_text(run: Path) -> str:
     return "\n".join([_WHERE_TITLE, *lines, *(f"would help: {words}" for words in said)])
 
 
-def _where(history: History, view: RunView) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    steps = telling_steps(_with_last(history.steps, view.status))
-    times = where_time_went(steps, link_figures(view.plan))
-    return where_rows(times, view.plan), would_help(times, steps, view.plan)
+def _where(steps: Sequence[StepRecord], plan: Plan | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    telling = telling_steps(steps)
+    times = where_time_went(telling, link_figures(plan))
+    return where_rows(times, plan), would_help(times, telling, plan)
 
 
 def _with_last(steps: Sequence[StepRecord], status: Status | None) -> tuple[StepRecord, ...]:
@@ -247,7 +253,7 @@ def _page(run: Path, history: History, baseline: Path | None, base: History | No
         ("Plan", _plan_table(view.plan)),
         ("Stages", _stage_table(history.steps)),
         ("Links", _link_table(history.steps)),
-        (_WHERE_TITLE.capitalize(), _where_section(*_where(history, view))),
+        (_WHERE_TITLE.capitalize(), _where_section(*_where(_with_last(history.steps, view.status), view.plan))),
         ("One step", _picture(lambda file: timeline_picture(last, file, "svg"), "what each stage did") if last else ""),
         ("Events", _table(("step", "event", "what"), [(f"{e.step:,}", e.name, e.text) for e in history.events])),
         ("Configuration", f"<details><summary>resolved</summary><pre>{escape(config)}</pre></details>"),

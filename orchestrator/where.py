@@ -21,10 +21,10 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from statistics import fmean
 
 from actors.spec import COMPUTES, WAITS, ActionTime
+from orchestrator.causes import Cause, Part, Place, StageTime
 from orchestrator.clocks import LinkFigures, is_time, step_starts
 from orchestrator.frame_ways import FrameKey, FrameWays, Leg, Stretch, frame_ways
 from orchestrator.records import StageRecord, StepRecord
@@ -38,25 +38,6 @@ _FULL_SHARE, _FEWEST_TURNS = 0.9, 3
 _CLOCK_DIGITS_S = 1e-5
 
 
-class Cause(Enum):
-    """What a stage's time goes into; the value is for people."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    WEIGHTS = "weight gradients"
-    COMMIT = "commit"
-    BUBBLE = "fill and drain"
-    SLOWER = "slower stage"
-    IN_FLIGHT = "few in flight"
-    CODEC = "encode, decode"
-    BUSY = "link busy"
-    DELAY = "link delay"
-    WINDOW = "window full"
-    ROOM = "no room at peer"
-    DRIVER = "driver"
-    OTHER = "other"
-
-
 _COMPUTES = {"F": Cause.FORWARD, "B": Cause.BACKWARD, "W": Cause.WEIGHTS, "C": Cause.COMMIT}
 _LEGS = {
     Leg.CODEC: Cause.CODEC,
@@ -65,40 +46,6 @@ _LEGS = {
     Leg.WINDOW: Cause.WINDOW,
     Leg.ROOM: Cause.ROOM,
 }
-
-# A stage, or the (source, target) of a link, or nothing.
-Place = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Some of a stage's time: why, where what it waited for was going on, and how long."""
-
-    cause: Cause
-    place: Place
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTime:
-    """All of a stage's time in some steps; the parts add up to it."""
-
-    stage: int
-    num_steps: int
-    parts: tuple[Part, ...]
-
-    @property
-    def total_s(self) -> float:
-        return math.fsum(part.seconds for part in self.parts)
-
-    def seconds(self, *causes: Cause) -> float:
-        """Return what went into these causes, wherever it was."""
-        return math.fsum(part.seconds for part in self.parts if part.cause in causes)
-
-    def share(self, *causes: Cause) -> float:
-        """Return the same as a share of all; 0 where there is nothing."""
-        total_s = self.total_s
-        return self.seconds(*causes) / total_s if total_s > 0 else 0.0
 
 
 def where_time_went(
@@ -153,6 +100,9 @@ def _can_tell(record: StepRecord) -> bool:
     for stage in stages:
         seconds.append(math.nan if stage.step_s is None else stage.step_s)
         seconds += [t for action in stage.actions for t in (action.start_s, action.end_s)]
+        sent = [t for f in stage.frames.sent for t in (f.encode_start_s, f.encode_end_s, f.pushed_s, f.settled_s)]
+        # What had not happened yet is not a number, and need not be.
+        seconds += [t for t in sent if not math.isnan(t)]
         seconds += [t for frame in stage.frames.arrived for t in (frame.first_s, frame.whole_s, frame.decoded_s)]
         seconds += [t for block in stage.frames.blocked for t in (block.start_s, block.end_s)]
     return all(map(is_time, seconds))

@@ -16,32 +16,18 @@ from actors.codecs import CODECS
 from actors.frame import WireDtype
 from actors.mailbox import TORCH_DTYPES
 from actors.spec import LinkPlan, Plan
+from orchestrator.causes import Cause, Place, StageTime
 from orchestrator.console import stage_text
 from orchestrator.records import StepRecord
-from orchestrator.where import Cause, Place, StageTime
 
 # What is lost to less than this is not worth a sentence, and nobody reads more of them.
 _LEAST_SHARE = 0.05
 _MOST_SENTENCES = 2
+# What shows as 0.0% has no column.
+_LEAST_SHOWN_SHARE = 5e-4
 # Smaller codecs, next after next, for activations and for gradients (docs/quality.md).
 _FORWARD, _BACKWARD = ("none", "q8", "hq4"), ("none", "q8", "hq4-stochastic")
 _COMPUTE = (Cause.FORWARD, Cause.BACKWARD, Cause.WEIGHTS)
-# The columns of the table: what each is called, and which causes it sums.
-_COLUMNS: tuple[tuple[str, tuple[Cause, ...]], ...] = (
-    ("forward", (Cause.FORWARD,)),
-    ("backward", (Cause.BACKWARD, Cause.WEIGHTS)),
-    ("commit", (Cause.COMMIT,)),
-    ("fill, drain", (Cause.BUBBLE,)),
-    ("slower stage", (Cause.SLOWER,)),
-    ("few in flight", (Cause.IN_FLIGHT,)),
-    ("codec", (Cause.CODEC,)),
-    ("link busy", (Cause.BUSY,)),
-    ("link delay", (Cause.DELAY,)),
-    ("window full", (Cause.WINDOW,)),
-    ("no room", (Cause.ROOM,)),
-    ("driver", (Cause.DRIVER,)),
-    ("other", (Cause.OTHER,)),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +40,10 @@ class _Loss:
 
 def where_rows(times: Sequence[StageTime], plan: Plan | None) -> list[tuple[str, ...]]:
     """Return a header and a row a stage, shares of its time as text; causes that nobody loses to are left out."""
-    columns = [(name, causes) for name, causes in _COLUMNS if any(time.share(*causes) >= 5e-4 for time in times)]
-    rows = [("stage", "step", *(name for name, _ in columns))]
+    causes = [cause for cause in Cause if any(time.share(cause) >= _LEAST_SHOWN_SHARE for time in times)]
+    rows = [("stage", "step", *(cause.value for cause in causes))]
     for time in times:
-        shares = (f"{time.share(*causes):.1%}" for _, causes in columns)
+        shares = (f"{time.share(cause):.1%}" for cause in causes)
         rows.append((stage_text(time.stage, plan), f"{time.total_s / time.num_steps:.3f} s", *shares))
     return rows if times else []
 

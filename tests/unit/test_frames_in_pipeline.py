@@ -17,10 +17,11 @@ from actors.frame import parse_chunk
 from actors.frame_times import FrameTimes
 from actors.mailbox import Receipt
 from actors.spec import COMPUTES, WAITS, StepReport
+from orchestrator.causes import Cause
 from orchestrator.clocks import step_starts
 from orchestrator.config import RunConfig
 from orchestrator.records import stage_records
-from orchestrator.where import Cause, where_time_went
+from orchestrator.where import where_time_went
 from tests.lab.inprocess import DirectCarrier, Pipeline, open_pipeline
 from tests.link_ends import BUSY, quicken_repeats
 from tests.small_run import small_config

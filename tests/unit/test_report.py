@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
+from orchestrator.cli import main
 from orchestrator.events import EventsFile, encode, fold_history
 from orchestrator.pictures import centred_mean, curves_picture, timeline_picture
 from orchestrator.records import EvalRecord, EventRecord
@@ -124,18 +125,27 @@ def make_timed_run(root: Path, name: str = "timed", timeline_every: int = 3) -> 
 def test_the_page_says_where_time_went_and_what_would_help(tmp_path: Path) -> None:
     run = make_timed_run(tmp_path)
     page = Page(write_report(run, None, tmp_path / "report.html").read_text())
-    assert "Where the time of the last steps went" in page.text
-    header = page.rows.index(["stage", "step", "forward", "backward", "fill, drain", "few in flight", "link delay"])
+    assert "Where the time went" in page.text
+    header = page.rows.index(["stage", "step", "forward", "backward", "fill and drain", "few in flight", "link delay"])
     for stage, row in enumerate(page.rows[header + 1 : header + 3]):
         assert row[:2] == [f"stage {stage} (node-{stage})", "15.500 s"]
         assert sum(float(cell.removesuffix("%")) for cell in row[2:]) == pytest.approx(100.0, abs=0.3)
     assert "Would help: filling and draining the pipeline takes" in page.text
     # The console says the same.
     lines = where_text(run).splitlines()
-    assert lines[0] == "where the time of the last steps went"
+    assert lines[0] == "where the time went"
     assert lines[1].split("  ")[0] == "stage"
     assert lines[2].startswith("stage 0 (node-0)  15.500 s  25.8%")
     assert lines[-1].startswith("would help: ")
+
+
+def test_the_verb_says_it_too_and_where_its_trace_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_timed_run(tmp_path)
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert where_text(run) in said
+    assert "page.trace.json" in said.replace("\n", "")
+    assert (tmp_path / "page.trace.json").exists()
 
 
 def test_the_very_last_step_tells_though_only_status_has_its_frames(tmp_path: Path) -> None:
@@ -145,8 +155,10 @@ def test_the_very_last_step_tells_though_only_status_has_its_frames(tmp_path: Pa
     trace = json.loads((tmp_path / "report.trace.json").read_text())["traceEvents"]
     assert {event["args"]["step"] for event in trace if event["ph"] == "X"} == {0, 4}
     assert any(event["ph"] == "s" for event in trace)
-    RunFolder(run).status.unlink()
-    assert where_text(run) != ""
+    # At the end of a run the last step is enough, and its history, which may be long, is not read.
+    RunFolder(run).events.unlink()
+    assert where_text(run, is_last_enough=True).splitlines()[0] == "where the time went"
+    assert where_text(run) == ""
 
 
 def test_runs_of_before_frames_were_noted_have_no_such_section(tmp_path: Path) -> None:
@@ -180,6 +192,8 @@ def test_each_page_has_a_trace_of_its_own(tmp_path: Path) -> None:
         {"start_s": None},
         {"end_s": 1e308},
         {"microbatch": -7},
+        {"pushed_s": 1e308},
+        {"settled_s": -1e308},
         {"name": "a_new_one"},
     ],
 )

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from actors.frame_times import ArrivedFrame, FrameTimes, SentFrame
+from orchestrator.causes import Cause, Part, StageTime
 from orchestrator.clocks import step_starts
 from orchestrator.records import StageRecord, StepRecord
-from orchestrator.where import Cause, Part, StageTime, telling_steps, where_time_went
+from orchestrator.where import telling_steps, where_time_went
 from tests.played_frames import Line, Rig, played_step
 from tests.unit.synthetic_run import make_step
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from actors.spec import Plan
+from orchestrator.causes import Cause
 from orchestrator.records import LinkRecord
-from orchestrator.where import Cause, where_time_went
+from orchestrator.where import where_time_went
 from orchestrator.would_help import where_rows, would_help
 from tests.played_frames import Line, Rig, played_step
 from tests.unit.synthetic_run import make_plan
@@ -130,13 +131,7 @@ def test_the_table_has_a_row_a_stage_and_only_causes_that_there_are() -> None:
     rig = Rig(forward_s=(1.0,) * 4, backward_s=(2.0,) * 4, num_microbatches=6, trip_s=3.0)
     record = played_step(rig)
     rows = where_rows(where_time_went([record], rig.figures()), make_plan(4))
-    assert rows[0] == ("stage", "step", "forward", "backward", "fill, drain", "driver")
+    assert rows[0] == ("stage", "step", "forward", "backward", "fill and drain", "driver")
     assert rows[1] == ("stage 0 (node-0)", "30.000 s", "20.0%", "40.0%", "30.0%", "10.0%")
     assert [row[1:] for row in rows[1:]] == 4 * [rows[1][1:]]
     assert where_rows((), None) == []
-
-
-def test_every_cause_is_in_one_column_of_the_table() -> None:
-    from orchestrator.would_help import _COLUMNS
-
-    assert sorted(cause.name for _, causes in _COLUMNS for cause in causes) == sorted(cause.name for cause in Cause)
