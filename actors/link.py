@@ -26,7 +26,9 @@ from actors.frame import FrameHeader, rounding_seed, run_id, split_frame, wire_b
 from actors.frame_log import SendLog
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
 from actors.outgoing import Answer, Frame, Pending, Send
-from actors.spec import CanaryReading, Kind, LinkCount
+from actors.patience import Patience
+from actors.spec import CanaryReading, Kind, LinkCount, LinkReading, LinkSizes
+from actors.tally import Tally
 
 # How soon a chunk goes out again where the peer had no room, twice as long each time, and at most.
 _BUSY_RETRY_S = 0.02
@@ -57,8 +59,8 @@ class LinkSettings:
     run: str
     source: int
     target: int
-    chunk_bytes: int
-    window_bytes: int
+    # Until `resize` says otherwise.
+    sizes: LinkSizes
     ack_s: float
     give_up_s: float
     # Steps from one frame that is compared with its raw tensor to the next; 0: none.
@@ -72,6 +74,7 @@ class Link:
         self, settings: LinkSettings, carrier: Carrier, on_failure: Callable[[int, IsthmusError], None]
     ) -> None:
         self._settings = settings
+        self._sizes = settings.sizes
         self._carrier = carrier
         self._on_failure = on_failure
         self._run = run_id(settings.run)
@@ -83,11 +86,11 @@ class Link:
         self._waiting: deque[tuple[Frame, bytes]] = deque()
         self._pending: dict[int, Pending] = {}
         self._in_flight_bytes = 0
+        self._num_chunks = 0
         self._num_pushed = 0
+        self._patience = Patience(settings.ack_s, settings.give_up_s)
         self._generation = 0
-        self._tally_lock = threading.Lock()
-        self._counts: dict[Kind, list[int]] = {}
-        self._canaries: list[CanaryReading] = []
+        self._tally = Tally(settings.source, settings.target)
         self._is_closed = False
         # Guards the three below, which the compute thread looks at.
         self._room = threading.Condition()
@@ -128,9 +131,14 @@ class Link:
             self._require_unbroken()
             self._num_unsettled += 1
             self._num_canaries_due += self._is_canary(header)
-        wire = wire_bytes(frame_bytes, self._settings.chunk_bytes)
-        self._count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
-        self._messages.put(Send(header, codec, tensor, mark_ready(tensor)))
+        chunk_bytes = self._sizes.chunk_bytes
+        wire = wire_bytes(frame_bytes, chunk_bytes)
+        self._tally.count(kind, num_frames=1, raw_bytes=tensor.numel() * tensor.element_size(), wire=wire)
+        self._messages.put(Send(header, codec, tensor, mark_ready(tensor), chunk_bytes))
+
+    def resize(self, sizes: LinkSizes) -> None:
+        """Cut frames that are sent from now on into such chunks, with a window of so many bytes."""
+        self._sizes = sizes
 
     def wait_for_room(self, max_frames: int, timeout_s: float) -> None:
         """Wait until fewer frames than `max_frames` are queued or under way; PeerTimeout names the peer."""
@@ -147,19 +155,11 @@ class Link:
 
     def drain_counts(self) -> tuple[LinkCount, ...]:
         """Return what was sent since the last call, repeats included, and start from zero."""
-        with self._tally_lock:
-            counts, self._counts = self._counts, {}
-        return tuple(
-            LinkCount(
-                source_stage=self._settings.source,
-                target_stage=self._settings.target,
-                kind=kind,
-                num_frames=num_frames,
-                raw_bytes=raw_bytes,
-                wire_bytes=wire,
-            )
-            for kind, (num_frames, raw_bytes, wire) in counts.items()
-        )
+        return self._tally.drain_counts()
+
+    def drain_readings(self) -> tuple[LinkReading, ...]:
+        """Return what the link was seen to do since the last call; nothing where nothing was acknowledged."""
+        return self._tally.drain_readings()
 
     def drain_canaries(self, timeout_s: float) -> tuple[CanaryReading, ...]:
         """Return the comparisons of all that was sent since the last call, once they are made.
@@ -177,9 +177,7 @@ class Link:
                     f"frames to {self._carrier.peer} were not encoded within {timeout_s:g} s",
                     "see this node's log, or raise timeouts.frame_s",
                 )
-        with self._tally_lock:
-            canaries, self._canaries = self._canaries, []
-        return tuple(canaries)
+        return self._tally.drain_canaries()
 
     def close(self) -> None:
         """Stop sending; what is queued is dropped."""
@@ -188,12 +186,6 @@ class Link:
             self._room.notify_all()
         self._messages.put(None)
         self._thread.join(timeout=self._settings.ack_s)
-
-    def _count(self, kind: Kind, *, num_frames: int = 0, raw_bytes: int = 0, wire: int = 0) -> None:
-        with self._tally_lock:
-            total = self._counts.setdefault(kind, [0, 0, 0])
-            for index, amount in enumerate((num_frames, raw_bytes, wire)):
-                total[index] += amount
 
     def _require_unbroken(self) -> None:
         if self._broken is not None:
@@ -250,11 +242,10 @@ class Link:
             self._generation = message.header.generation
             self._drop_all()
             # Of a step that is run again: nobody was told of these, and each is made again.
-            with self._tally_lock:
-                self._canaries.clear()
+            self._tally.forget_canaries()
         mark = self.log.encoding(message.header)
         payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
-        chunks = list(split_frame(message.header, payload, self._settings.chunk_bytes))
+        chunks = list(split_frame(message.header, payload, message.chunk_bytes))
         self.log.encoded(mark, sum(map(len, chunks)))
         frame = Frame(message.header.kind, len(chunks), mark)
         self._waiting.extend((frame, chunk) for chunk in chunks)
@@ -279,8 +270,7 @@ class Link:
             relative_error=relative_error,
             cosine=cosine,
         )
-        with self._tally_lock:
-            self._canaries.append(reading)
+        self._tally.canary(reading)
 
     def _settle_canary(self) -> None:
         with self._room:
@@ -292,35 +282,39 @@ class Link:
         while self._waiting:
             frame, chunk = self._waiting[0]
             size = len(chunk)
-            if self._in_flight_bytes and self._in_flight_bytes + size > self._settings.window_bytes:
+            if self._in_flight_bytes and self._in_flight_bytes + size > self._sizes.window_bytes:
                 self.log.block("window", frame.mark)
                 return
             self._waiting.popleft()
             self.log.pushed(frame.mark)
-            now_s = time.monotonic()
-            self._num_pushed += 1
-            give_up_s = now_s + self._settings.give_up_s
-            pending = Pending(frame, chunk, give_up_s=give_up_s, due_s=now_s, busy_retry_s=_BUSY_RETRY_S)
-            self._pending[self._num_pushed] = pending
+            self._num_chunks += 1
+            pending = self._pending[self._num_chunks] = Pending(frame, chunk, _BUSY_RETRY_S)
             self._in_flight_bytes += size
-            self._push(self._num_pushed, pending)
+            self._push(self._num_chunks, pending)
         self.log.unblock("window")
 
     def _push(self, number: int, pending: Pending) -> None:
-        pending.attempt += 1
-        if pending.attempt > 1:
-            self._count(pending.frame.kind, wire=len(pending.chunk))
-        pending.due_s = min(time.monotonic() + self._settings.ack_s, pending.give_up_s)
+        self._num_pushed += 1
+        now_s = time.monotonic()
+        self._patience.begin(pending, self._num_pushed, now_s)
         attempt = pending.attempt
+        if attempt > 1:
+            self._tally.count(pending.frame.kind, wire=len(pending.chunk))
+            self._tally.spoiled(number)
+        else:
+            self._tally.pushed(number, len(pending.chunk), now_s)
 
         def settled(future: Future[Receipt]) -> None:
+            # Read here: the outbox may be busy with a frame.
+            heard_s = time.monotonic()
             error = future.exception()
             if error is None:
-                self._messages.put(Answer(number, attempt, future.result()))
+                answer = future.result()
             elif isinstance(error, IsthmusError):
-                self._messages.put(Answer(number, attempt, error))
+                answer = error
             else:
-                self._messages.put(Answer(number, attempt, PeerLost(f"{self._carrier.peer} cannot be called: {error}")))
+                answer = PeerLost(f"{self._carrier.peer} cannot be called: {error}")
+            self._messages.put(Answer(number, attempt, answer, heard_s))
 
         self._carrier.push(pending.chunk).add_done_callback(settled)
 
@@ -332,11 +326,15 @@ class Link:
         answer = message.answer
         is_busy = isinstance(answer, Receipt) and answer.verdict is Verdict.BUSY
         self.log.answered(message.chunk, pending.frame.mark, is_busy=is_busy)
+        if isinstance(answer, Receipt):
+            self._patience.heard(pending, self._pending.values(), message.heard_s)
         if isinstance(answer, Receipt) and answer.verdict is Verdict.REFUSED:
             raise FrameUnexpected(f"{self._carrier.peer} refused a frame: {answer.reason}")
         if isinstance(answer, Receipt) and answer.verdict in _SETTLED:
+            self._tally.settled(message.chunk, message.heard_s, answer.held_s)
             self._finish(message.chunk, pending)
         elif pending.attempt == message.attempt:
+            self._tally.spoiled(message.chunk)
             self._postpone(pending, answer)
 
     def _finish(self, number: int, pending: Pending) -> None:
@@ -351,6 +349,7 @@ class Link:
         """Set when to send a chunk again, which its last attempt did not settle; raise where the peer is lost."""
         if isinstance(answer, PeerLost):
             raise answer
+        pending.is_under_way = False
         now_s = time.monotonic()
         if isinstance(answer, IsthmusError) or answer.verdict is Verdict.CORRUPT:
             pending.trouble = answer.reason if isinstance(answer, Receipt) else str(answer)
@@ -387,3 +386,4 @@ class Link:
         self._pending.clear()
         self._in_flight_bytes = 0
         self.log.drop()
+        self._tally.forget_under_way()

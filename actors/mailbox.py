@@ -57,6 +57,8 @@ class Receipt:
 
     verdict: Verdict
     reason: str = ""
+    # How long the chunk was looked at, and its frame decoded, before this answer: not the link's time.
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +160,22 @@ class Mailbox:
         """The generation of the step that is open."""
         return self._generation
 
-    def open(self, generation: int, step: int, codecs: Mapping[Kind, str] | None = None) -> None:
-        """Begin a step: forget whatever belongs to earlier ones; from now on frames of `codecs` come, where given."""
+    def open(
+        self,
+        generation: int,
+        step: int,
+        codecs: Mapping[Kind, str] | None = None,
+        windows: Mapping[Kind, int] | None = None,
+    ) -> None:
+        """Begin a step: forget whatever belongs to earlier ones; from now on frames of `codecs` come, where given.
+
+        `windows`: how many of each kind may wait from now on; what waits already stays.
+        """
         with self._changed:
             for kind, codec in (codecs or {}).items():
                 self._change_codec(kind, codec)
+            for kind, expected in self._expected.items():
+                self._expected[kind] = replace(expected, window=(windows or {}).get(kind, expected.window))
             if generation <= self._ended_generation:
                 raise StepAborted(f"stage {self._stage}: generation {generation} has ended")
             if (generation, step) == (self._generation, self._step):

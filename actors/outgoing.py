@@ -23,6 +23,8 @@ class Send:
     tensor: torch.Tensor
     # On CUDA: when the tensor's values are there.
     ready: torch.cuda.Event | None
+    # How large its chunks are.
+    chunk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Answer:
     chunk: int
     attempt: int
     answer: Receipt | IsthmusError
+    # When it came.
+    heard_s: float
 
 
 @dataclass(eq=False)
@@ -49,10 +53,14 @@ class Pending:
 
     frame: Frame
     chunk: bytes
-    # When to give up on the peer, and when to act next.
-    give_up_s: float
-    due_s: float
     busy_retry_s: float
+    # When it first went out; its last attempt's place among its sender's pushes; whether that one is unanswered.
+    pushed_s: float = 0.0
+    order: int = 0
+    is_under_way: bool = False
+    # When to give up on the peer, and when to act next.
+    give_up_s: float = 0.0
+    due_s: float = 0.0
     attempt: int = 0
     # The last answer, where it was not a good one.
     trouble: str = "it answers nothing"

@@ -49,6 +49,10 @@ class WireConfig:
     # Of single links: "0-1": "q8/hq4-stochastic" is stage 0's forward and stage 1's backward codec. A link that the
     # plan does not have, as when a node was lost, is passed over.
     links: dict[str, str] = field(default_factory=dict[str, str])
+    # Codecs that a link may carry instead, forward/backward, mildest first: it does where that makes the step shorter
+    # by more than plan.noise, as when the link turns thin in mid-run. Empty: links keep what is set, whatever they do,
+    # for smaller codecs cost quality. Where plan.quality_budget is set, that decides.
+    thin: tuple[str, ...] = ()
     # Steps from one canary, a frame that its sender compares with what the receiver makes of it, to the next; 0: none.
     canary_every: int = 50
     # A codec whose canary has a lower cosine gives a milder one its place.
@@ -74,6 +78,12 @@ class WireConfig:
                     f"wire.links.{link}={codecs} names no link and its codecs",
                     "write it as wire.links.0-1=hq4/q8: the two stages, then forward/backward",
                 )
+        for codecs in self.thin:
+            if codecs.count("/") != 1:
+                raise ConfigError(
+                    f"wire.thin has {codecs}, which is no pair of codecs",
+                    "write it as wire.thin=[q8/hq4-stochastic]: forward/backward, the mildest first",
+                )
         if not MIN_CHUNK_BYTES <= self.min_chunk_bytes <= self.max_chunk_bytes <= self.max_window_bytes:
             raise ConfigError(
                 "wire.min_chunk_bytes, wire.max_chunk_bytes and wire.max_window_bytes do not nest",
@@ -84,6 +94,11 @@ class WireConfig:
                 f"wire.max_chunk_bytes={self.max_chunk_bytes} does not fit in one call",
                 f"set wire.max_chunk_bytes to {MAX_CHUNK_BYTES} or less",
             )
+
+    @property
+    def thin_pairs(self) -> tuple[tuple[str, str], ...]:
+        """What links may carry instead, forward and backward."""
+        return tuple((forward, backward) for forward, _, backward in (codecs.partition("/") for codecs in self.thin))
 
     def codecs_of(self, stage: int) -> tuple[str, str]:
         """Return the forward and backward codec of the link from `stage` to the next."""

@@ -92,6 +92,14 @@ class LinkCodecs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkSizes:
+    """How frames of one link are cut, and how much of them may be under way to one end."""
+
+    chunk_bytes: int
+    window_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Alternative:
     """Another plan, to compare with: why it is shown, and what it is expected to do."""
 
@@ -134,6 +142,16 @@ class Plan:
     def link_codecs(self) -> tuple[LinkCodecs, ...]:
         """What each link carries, in order."""
         return tuple(LinkCodecs(forward=link.forward_codec, backward=link.backward_codec) for link in self.links)
+
+    @property
+    def link_sizes(self) -> tuple[LinkSizes, ...]:
+        """How each link's frames are cut, in order."""
+        return tuple(LinkSizes(chunk_bytes=link.chunk_bytes, window_bytes=link.window_bytes) for link in self.links)
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """How many microbatches each stage keeps in flight, in order."""
+        return tuple(stage.in_flight for stage in self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +264,9 @@ class StepOrder:
     save: SaveOrder | None = None
     # Of each link, in order, from this step on; None: as before.
     codecs: tuple[LinkCodecs, ...] | None = None
+    # The same of how each link's frames are cut, and of how many microbatches each stage keeps in flight.
+    link_sizes: tuple[LinkSizes, ...] | None = None
+    in_flight: tuple[int, ...] | None = None
     # False: commit and save only; the run ends or pauses here.
     run_step: bool = True
 
@@ -287,6 +308,21 @@ class LinkCount:
     num_frames: int
     raw_bytes: int
     wire_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkReading:
+    """What a link from one stage to another was seen to do: see actors.link_meter."""
+
+    source_stage: int
+    target_stage: int
+    # The link's rate where `is_measured`: chunks of it waited for one another; else the rate is this at least.
+    rate_mbps: float
+    is_measured: bool
+    # One way; at most this where the rate is not measured; NaN where it is lost beside the rate.
+    delay_s: float
+    # What was acknowledged meanwhile.
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +382,8 @@ class StepReport:
     frames: FrameTimes = field(default_factory=FrameTimes)
     # Of the step before, from its own start: frames that were still on their way when this stage reported it.
     late_frames: FrameTimes = field(default_factory=FrameTimes)
+    # Of the links that this stage sends on, where anything was acknowledged since its report before.
+    readings: tuple[LinkReading, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ from actors.spec import (
     EvalReport,
     Kind,
     LinkCodecs,
-    LinkPlan,
     LoadOrder,
     SaveReport,
     StepOrder,
@@ -83,8 +82,10 @@ class Stage:
         self._engine = StageEngine(model, assignment.optim, resident)
         if assignment.plan.schedule == "bdp-split":
             self._engine.split_backwards()
-        # What each link carries now; a step's order may change it.
+        # What each link carries now, in which pieces, and how much is in flight; a step's order may change them.
         self._codecs = assignment.plan.link_codecs
+        self._sizes = assignment.plan.link_sizes
+        self._depths = assignment.plan.in_flight
         self._train = self._source("train")
         self._held_out = self._source("val")
         self._mailbox = Mailbox(
@@ -146,13 +147,7 @@ class Stage:
     def _step(self, order: StepOrder) -> StepReport:
         timeline = Timeline(time.monotonic, self._engine.device)
         self._forget_heard_saves(order)
-        if order.codecs is not None:
-            self._codecs = order.codecs
-            self._ports = replace(
-                self._ports,
-                to_previous=self._with_codec(self._ports.to_previous, self._assignment.stage - 1),
-                to_next=self._with_codec(self._ports.to_next, self._assignment.stage + 1),
-            )
+        self._tune(order)
         if order.commit is not None:
             with timeline.record("C"):
                 self._engine.commit(order.commit)
@@ -162,6 +157,17 @@ class Stage:
         if order.run_step:
             self._run(order, timeline)
         return self._report(order, timeline)
+
+    def _tune(self, order: StepOrder) -> None:
+        """Let links and depths be from now on as the order says; every stage does so at the same step."""
+        self._codecs = order.codecs or self._codecs
+        self._sizes = order.link_sizes or self._sizes
+        self._depths = order.in_flight or self._depths
+        self._ports = replace(
+            self._ports,
+            to_previous=self._tuned(self._ports.to_previous, self._assignment.stage - 1),
+            to_next=self._tuned(self._ports.to_next, self._assignment.stage + 1),
+        )
 
     def evaluate(self, order: EvalOrder) -> EvalReport:
         """Run the held-out microbatches forward and report their loss."""
@@ -196,7 +202,9 @@ class Stage:
 
     def receive(self, chunk: bytes) -> Receipt:
         """Take one chunk from a peer."""
-        return self._mailbox.offer(chunk)
+        began_s = time.monotonic()
+        receipt = self._mailbox.offer(chunk)
+        return replace(receipt, held_s=time.monotonic() - began_s)
 
     def flush(self, timeout_s: float) -> tuple[SaveReport, ...]:
         """Wait for checkpoints that are being written, and report them."""
@@ -212,7 +220,7 @@ class Stage:
 
     def _run(self, order: StepOrder, timeline: Timeline) -> None:
         moment = Moment(generation=order.generation, step=order.step)
-        self._mailbox.open(order.generation, order.step, self._incoming())
+        self._mailbox.open(order.generation, order.step, self._incoming(), self._windows())
         targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
         self._engine.begin(order.step, targets)
         run_step(self._engine, self._ports, self._actions(timeline), self._read_from(self._train), moment, timeline)
@@ -232,7 +240,13 @@ class Stage:
         plan, num_microbatches = assignment.plan, assignment.batch.num_microbatches
         if plan.schedule == "gpipe" or plan.schedule == "1f1b":
             return num_in_flight(plan.schedule, stage, assignment.num_stages, num_microbatches)
-        return max(1, min(plan.stages[stage].in_flight, num_microbatches))
+        return max(1, min(self._depths[stage], num_microbatches))
+
+    def _windows(self) -> dict[Kind, int]:
+        """Return how many frames of each kind may wait here: as many as whoever makes them keeps in flight."""
+        stage = self._assignment.stage
+        windows = {Kind.EVAL_ACTIVATION: EVAL_WINDOW, Kind.GRADIENT: self._in_flight(stage)}
+        return windows if self._assignment.is_first else {**windows, Kind.ACTIVATION: self._in_flight(stage - 1)}
 
     @contextmanager
     def _naming_out_of_memory(self, when: str) -> Iterator[None]:
@@ -279,6 +293,7 @@ class Stage:
             step_s=timeline.elapsed_s,
             actions=actions,
             links=tuple(count for outlet in outlets if outlet for count in outlet.link.drain_counts()),
+            readings=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_readings()),
             canaries=tuple(reading for outlet in outlets if outlet for reading in outlet.link.drain_canaries(frame_s)),
             saves=self._saves_to_tell(order.step),
             peak_memory_bytes=engine.peak_memory_bytes(),
@@ -317,39 +332,32 @@ class Stage:
     def _read_from(source: TokenSource | None) -> Callable[[int, int], Microbatch | None]:
         return source.microbatch if source is not None else lambda step, microbatch: None
 
-    def _link_plan(self, neighbour: int) -> LinkPlan:
-        return self._assignment.plan.links[min(neighbour, self._assignment.stage)]
-
     def _expectations(self) -> tuple[Expectation, ...]:
         """Return what may come: activations from the stage before, gradients from the stage after."""
         assignment = self._assignment
         batch = assignment.batch
         shape = (batch.microbatch_size, batch.seq_len, assignment.model.hidden_size)
         dtype = WIRE_DTYPES[self._engine.boundary_dtype]
-        expected: list[Expectation] = []
-
-        incoming = self._incoming()
-
-        def expect(kind: Kind, source: int, window: int) -> None:
-            codec = incoming[kind]
-            expected.append(Expectation(kind=kind, source=source, codec=codec, dtype=dtype, shape=shape, window=window))
-
-        if not assignment.is_first:
-            before = assignment.stage - 1
-            expect(Kind.ACTIVATION, before, self._in_flight(before))
-            expect(Kind.EVAL_ACTIVATION, before, EVAL_WINDOW)
-        if not assignment.is_last:
-            expect(Kind.GRADIENT, assignment.stage + 1, self._in_flight(assignment.stage))
-        return tuple(expected)
+        windows = self._windows()
+        return tuple(
+            Expectation(
+                kind=kind,
+                source=assignment.stage + (1 if kind is Kind.GRADIENT else -1),
+                codec=codec,
+                dtype=dtype,
+                shape=shape,
+                window=windows[kind],
+            )
+            for kind, codec in self._incoming().items()
+        )
 
     def _outlet(self, neighbour: int, carrier_to: Callable[[int], Carrier]) -> Outlet:
-        assignment, plan = self._assignment, self._link_plan(neighbour)
+        assignment = self._assignment
         settings = LinkSettings(
             run=assignment.run,
             source=assignment.stage,
             target=neighbour,
-            chunk_bytes=plan.chunk_bytes,
-            window_bytes=plan.window_bytes,
+            sizes=self._sizes[min(neighbour, assignment.stage)],
             ack_s=assignment.timeouts.ack_s,
             give_up_s=assignment.timeouts.frame_s,
             canary_every=assignment.canary_every,
@@ -357,8 +365,11 @@ class Stage:
         link = Link(settings, carrier_to(neighbour), self._mailbox.fail)
         return Outlet(link=link, codec=self._outgoing(neighbour))
 
-    def _with_codec(self, outlet: Outlet | None, neighbour: int) -> Outlet | None:
-        return None if outlet is None else replace(outlet, codec=self._outgoing(neighbour))
+    def _tuned(self, outlet: Outlet | None, neighbour: int) -> Outlet | None:
+        if outlet is None:
+            return None
+        outlet.link.resize(self._sizes[min(neighbour, self._assignment.stage)])
+        return replace(outlet, codec=self._outgoing(neighbour))
 
     def _link_codecs(self, neighbour: int) -> LinkCodecs:
         return self._codecs[min(neighbour, self._assignment.stage)]

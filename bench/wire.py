@@ -21,7 +21,7 @@ from actors.frame import wire_bytes
 from actors.link import Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt, Verdict
 from actors.settings import WireConfig
-from actors.spec import Kind
+from actors.spec import Kind, LinkSizes
 from bench.record import parse_arguments, save
 from orchestrator.environment import prepare_environment
 
@@ -74,8 +74,7 @@ class End:
             run=codec,
             source=self._stage,
             target=other,
-            chunk_bytes=wire.max_chunk_bytes,
-            window_bytes=wire.max_window_bytes,
+            sizes=LinkSizes(chunk_bytes=wire.max_chunk_bytes, window_bytes=wire.max_window_bytes),
             ack_s=TIMEOUT_S / 2,
             give_up_s=TIMEOUT_S,
         )

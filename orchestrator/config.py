@@ -23,6 +23,7 @@ from actors.settings import BatchSpec, DataConfig, TimeoutConfig, WireConfig
 from actors.spec import TensorRole
 from orchestrator.checkpoints import CheckpointConfig
 from orchestrator.lifecycle import GuardConfig
+from orchestrator.link_watch import RetuneConfig
 from orchestrator.planner.choices import PlanConfig
 from orchestrator.runfolder import check_run_name
 from orchestrator.tracking import TrackingConfig
@@ -96,6 +97,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    retune: RetuneConfig = field(default_factory=RetuneConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -121,6 +123,9 @@ class RunConfig:
             forward, _, backward = codecs.partition("/")
             codec_for(forward, TensorRole.ACTIVATION, f"the first of wire.links.{link}")
             codec_for(backward, TensorRole.GRADIENT, f"the second of wire.links.{link}")
+        for forward, backward in self.wire.thin_pairs:
+            codec_for(forward, TensorRole.ACTIVATION, "the first of a pair in wire.thin")
+            codec_for(backward, TensorRole.GRADIENT, "the second of a pair in wire.thin")
 
     @property
     def yaml(self) -> str:

@@ -28,7 +28,7 @@ from actors.errors import (
     StageError,
     StoreError,
 )
-from actors.spec import Commit, EvalOrder, SaveOrder, StepOrder, StepReport
+from actors.spec import Commit, EvalOrder, Plan, SaveOrder, StepOrder, StepReport
 from actors.store import check_store, open_store
 from orchestrator.canary import judge, readings_of, with_step_downs
 from orchestrator.checkpoints import CheckpointLedger, Manifest
@@ -51,8 +51,9 @@ from orchestrator.lifecycle import (
 )
 from orchestrator.past import Past, require_shared_store
 from orchestrator.progress import Progress
-from orchestrator.recipe import checkpoint_url, plan_run, require_data, resolve, save_plan, saved_plan
+from orchestrator.recipe import checkpoint_url, plan_run, require_data, resolve, save_plan, saved_plan, tuning_of
 from orchestrator.records import EvalRecord, EventRecord
+from orchestrator.retune import judge_links, link_readings, watch_of
 from orchestrator.runfolder import RunFolder, write_atomic
 from orchestrator.saving import Saving
 from orchestrator.stages import Stages
@@ -183,14 +184,7 @@ class _Run:
         every = self._config.checkpoints.every_steps
         step = self._state.step
         is_due = every > 0 and step > 0 and step % every == 0 and self._saving.newest_step != step
-        order = StepOrder(
-            run=self._config.name,
-            generation=self._state.generation,
-            step=step,
-            commit=self._commit,
-            save=self._save_order() if is_due else None,
-            codecs=self._stages.plan.link_codecs,
-        )
+        order = self._step_order(self._save_order() if is_due else None, run_step=True)
         began_s = time.monotonic()
         reports = self._stages.run(order)
         self._progress = self._progress.timed(time.monotonic() - began_s)
@@ -210,6 +204,7 @@ class _Run:
             self._tell(step, "skipped", decision.skip_reason)
         self._track(reports, outcome, decision)
         self._judge_codecs(reports, step)
+        self._judge_links(reports, step)
 
     def _judge_codecs(self, reports: tuple[StepReport, ...], step: int) -> None:
         """Replace, from the next step on, the codecs whose canaries are bad."""
@@ -219,10 +214,24 @@ class _Run:
             return
         step_downs = tuple(step_down for step_down, _ in verdicts)
         self._state = on_step_downs(self._state, step_downs)
-        self._stages = replace(self._stages, plan=with_step_downs(plan, step_downs))
-        save_plan(self._folder, self._stages.plan, self._fleet)
+        self._adopt(with_step_downs(plan, step_downs))
         for _, reason in verdicts:
             self._tell(step, "stepped_down", reason)
+
+    def _judge_links(self, reports: tuple[StepReport, ...], step: int) -> None:
+        """Plan anew, from the next step on, for links that are no longer what they were taken for."""
+        tuning = tuning_of(self._config, self._state.history.step_downs)
+        readings = link_readings(reports)
+        self._watch, retuned = judge_links(self._watch, step, readings, self._stages.plan, self._fleet, tuning)
+        if retuned is not None:
+            self._fleet = retuned.fleet
+            self._adopt(retuned.plan)
+            self._tell(step, "retuned", retuned.reason)
+
+    def _adopt(self, plan: Plan) -> None:
+        """Go by this plan, of the same stages on the same nodes, from the next order on."""
+        self._stages = replace(self._stages, plan=plan)
+        save_plan(self._folder, plan, self._fleet)
 
     def _recover(self, error: IsthmusError) -> None:
         """Do what lifecycle says after a step that did not end well."""
@@ -255,6 +264,8 @@ class _Run:
         history = newest.history if newest else History()
         plan = with_step_downs(plan, history.step_downs)
         save_plan(self._folder, plan, self._fleet)
+        # Links were just measured: what was seen of them before is in the plan, or no longer so.
+        self._watch = watch_of(plan, self._fleet)
         self._stages = Stages(self._crew, plan, self._config, self._past.data_sha256)
 
     def _place(self) -> None:
@@ -299,18 +310,23 @@ class _Run:
         """Commit the step before without running another."""
         if self._commit is None and save is None:
             return
-        order = StepOrder(
+        reports = self._stages.run(self._step_order(save, run_step=False))
+        self._commit = None
+        self._saving.collect([saved for report in reports for saved in report.saves])
+
+    def _step_order(self, save: SaveOrder | None, *, run_step: bool) -> StepOrder:
+        plan = self._stages.plan
+        return StepOrder(
             run=self._config.name,
             generation=self._state.generation,
             step=self._state.step,
             commit=self._commit,
             save=save,
-            codecs=self._stages.plan.link_codecs,
-            run_step=False,
+            codecs=plan.link_codecs,
+            link_sizes=plan.link_sizes,
+            in_flight=plan.in_flight,
+            run_step=run_step,
         )
-        reports = self._stages.run(order)
-        self._commit = None
-        self._saving.collect([saved for report in reports for saved in report.saves])
 
     def _evaluation_is_due(self) -> bool:
         every, step = self._config.train.eval_every, self._state.step

@@ -13,6 +13,7 @@ from actors.settings import BatchSpec
 from actors.spec import Plan
 from actors.store import open_store
 from actors.token_shards import DataManifest
+from orchestrator.canary import StepDown
 from orchestrator.config import RunConfig
 from orchestrator.events import decode, encode
 from orchestrator.fleet import Crew
@@ -20,6 +21,7 @@ from orchestrator.planner.build import Workload
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig
 from orchestrator.planner.explain import explained_plan
 from orchestrator.planner.plan import make_plan
+from orchestrator.retune import Tuning
 from orchestrator.runfolder import RunFolder, write_atomic
 
 
@@ -95,6 +97,13 @@ def workload(config: RunConfig) -> Workload:
         batch=config.batch,
         schedule=config.plan.schedule or CHOSEN_SCHEDULES[0],
         activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def tuning_of(config: RunConfig, step_downs: tuple[StepDown, ...]) -> Tuning:
+    """Return what a run's plan is made by again when its links change."""
+    return Tuning(
+        work=workload(config), wire=config.wire, plan=config.plan, retune=config.retune, step_downs=step_downs
     )
 
 

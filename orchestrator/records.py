@@ -5,6 +5,7 @@ PURE. A step's record is made once, by `Progress.after`; every sink only formats
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,17 @@ class LinkRecord:
     codec: str | None = None
     relative_error: float | None = None
     cosine: float | None = None
+    # What the link was seen to do in this step, where anything was: see actors.spec.LinkReading.
+    rate_mbps: float | None = None
+    is_measured: bool = False
+    delay_s: float | None = None
+
+    @property
+    def rate_text(self) -> str:
+        """The link's rate as it was seen, for people: a lower bound says so."""
+        if self.rate_mbps is None:
+            return "-"
+        return f"{'' if self.is_measured else '>= '}{self.rate_mbps:.3g} Mbit/s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +115,8 @@ class EventRecord:
     """Anything else worth a line: started, resumed, checkpoint saved or failed, retry, stop; with its remedy if any."""
 
     step: int
-    # One word: started, resumed, saved, save_failed, checkpoint_bad, retried, node_lost, skipped, stepped_down, warned,
-    # stopped, finished, failed.
+    # One word: started, resumed, saved, save_failed, checkpoint_bad, retried, node_lost, skipped, stepped_down,
+    # retuned, warned, stopped, finished, failed.
     name: str
     text: str
 
@@ -137,10 +149,11 @@ def link_records(reports: Sequence[StepReport]) -> tuple[LinkRecord, ...]:
             total[0] += link.num_frames
             total[1] += link.raw_bytes
             total[2] += link.wire_bytes
+    readings = {(r.source_stage, r.target_stage): r for report in reports for r in report.readings}
     canaries = {(c.source_stage, c.target_stage): c for report in reports for c in report.canaries}
     records: list[LinkRecord] = []
     for pair, (num_frames, raw_bytes, wire_bytes) in sorted(totals.items()):
-        canary = canaries.get(pair)
+        canary, reading = canaries.get(pair), readings.get(pair)
         records.append(
             LinkRecord(
                 source_stage=pair[0],
@@ -151,6 +164,9 @@ def link_records(reports: Sequence[StepReport]) -> tuple[LinkRecord, ...]:
                 codec=canary.codec if canary else None,
                 relative_error=canary.relative_error if canary else None,
                 cosine=canary.cosine if canary else None,
+                rate_mbps=reading.rate_mbps if reading else None,
+                is_measured=reading is not None and reading.is_measured,
+                delay_s=reading.delay_s if reading and not math.isnan(reading.delay_s) else None,
             )
         )
     return tuple(records)

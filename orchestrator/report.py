@@ -143,11 +143,15 @@ def link_totals(steps: Iterable[StepRecord]) -> tuple[LinkRecord, ...]:
             sums[key] = link
             continue
         last_canary = link if link.cosine is not None else before
+        last_seen = link if link.rate_mbps is not None else before
         sums[key] = replace(
             last_canary,
             num_frames=before.num_frames + link.num_frames,
             raw_bytes=before.raw_bytes + link.raw_bytes,
             wire_bytes=before.wire_bytes + link.wire_bytes,
+            rate_mbps=last_seen.rate_mbps,
+            is_measured=last_seen.is_measured,
+            delay_s=last_seen.delay_s,
         )
     return tuple(sums[key] for key in sorted(sums))
 
@@ -343,11 +347,12 @@ def _link_table(steps: Sequence[StepRecord]) -> str:
             decimal(link.raw_bytes),
             decimal(link.wire_bytes),
             f"{link.raw_bytes / link.wire_bytes:.1f}x" if link.wire_bytes else "-",
+            link.rate_text,
             "-" if link.cosine is None else f"{link.codec}: error {link.relative_error:.4f}, cosine {link.cosine:.5f}",
         )
         for link in link_totals(steps)
     ]
-    return _table(("link", "frames", "raw", "on the wire", "saved", "last canary"), rows)
+    return _table(("link", "frames", "raw", "on the wire", "saved", "last rate", "last canary"), rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

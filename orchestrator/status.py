@@ -241,7 +241,7 @@ def _stage_table(plan: Plan, step: StepRecord | None) -> Table:
 
 def _link_table(plan: Plan, step: StepRecord | None) -> Table:
     records = {(link.source_stage, link.target_stage): link for link in step.links} if step else {}
-    table = Table("link", "codec", "rate", "delay", "wire bytes a step", box=None, pad_edge=False)
+    table = Table("link", "codec", "rate", "delay", "wire bytes a step", "rate now", box=None, pad_edge=False)
     for link in plan.links:
         a, b = link.source_stage, link.target_stage
         for source, target, codec in ((a, b, link.forward_codec), (b, a, link.backward_codec)):
@@ -252,5 +252,6 @@ def _link_table(plan: Plan, step: StepRecord | None) -> Table:
                 f"{link.rate_mbps:,.0f} Mbit/s",
                 f"{link.delay_s * 1e3:.0f} ms",
                 wire_text(record.raw_bytes, record.wire_bytes) if record else "-",
+                record.rate_text if record else "-",
             )
     return table

@@ -14,9 +14,9 @@ import torch
 from actors.codecs import CODECS
 from actors.errors import IsthmusError
 from actors.frame import FrameHeader, WireDtype, parse_chunk
-from actors.link import Link, LinkSettings
+from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import Expectation, Mailbox, Receipt, Verdict
-from actors.spec import Kind
+from actors.spec import Kind, LinkSizes
 
 SHAPE = (2, 16, 32)
 FRAME_BYTES = 4096
@@ -95,7 +95,7 @@ class Sender:
 
     def link(
         self,
-        carrier: Scripted | Into,
+        carrier: Carrier,
         *,
         window_bytes: int = 1 << 20,
         ack_s: float = PATIENCE_S,
@@ -107,8 +107,7 @@ class Sender:
             run="demo",
             source=0,
             target=target,
-            chunk_bytes=CHUNK_BYTES,
-            window_bytes=window_bytes,
+            sizes=LinkSizes(chunk_bytes=CHUNK_BYTES, window_bytes=window_bytes),
             ack_s=ack_s,
             give_up_s=give_up_s,
             canary_every=canary_every,

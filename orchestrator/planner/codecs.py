@@ -35,30 +35,67 @@ LADDER = (
 def choose_codecs(
     num_links: int, budget: float, step_s: Callable[[Sequence[CodecPair]], float]
 ) -> tuple[CodecPair, ...]:
-    """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most.
+    """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most."""
 
-    Greedy: of all single steps down the ladder that the budget allows, and of all links at once, the one that shortens
-    the step most is taken, until none does.
+    def is_affordable(rungs: Sequence[int]) -> bool:
+        return sum(LADDER[rung].loss_share for rung in rungs) <= budget
+
+    ladder = tuple(cost.pair for cost in LADDER)
+    return _down((ladder,) * num_links, is_affordable, 0.0, step_s)
+
+
+def choose_thin(
+    set_L: Sequence[CodecPair],
+    thin: Sequence[CodecPair],
+    least_gain: float,
+    step_s: Callable[[Sequence[CodecPair]], float],
+) -> tuple[CodecPair, ...]:
+    """Return a pair for each link: what is set, or, where that shortens the step by `least_gain` of it, one of `thin`.
+
+    `thin` is mildest first. What links got together, each gives back that does without.
     """
+    pairs = list(_down([(own, *thin) for own in set_L], lambda rungs: True, least_gain, step_s))
+    most_s = step_s(pairs) / (1 - least_gain)
+    for link, own in enumerate(set_L):
+        for milder in (own, *thin):
+            if milder == pairs[link] or step_s([*pairs[:link], milder, *pairs[link + 1 :]]) <= most_s:
+                pairs[link] = milder
+                break
+    return tuple(pairs)
+
+
+def _down(
+    ladder_L: Sequence[Sequence[CodecPair]],
+    is_allowed: Callable[[Sequence[int]], bool],
+    least_gain: float,
+    step_s: Callable[[Sequence[CodecPair]], float],
+) -> tuple[CodecPair, ...]:
+    """Return a pair for each link from its ladder, all of one length.
+
+    Greedy: of all single steps down a ladder that are allowed, and of all links at once, the one that shortens the step
+    most is taken, until none does by more than `least_gain` of it.
+    """
+    num_links = len(ladder_L)
     rungs = [0] * num_links
 
     def pairs(rungs: Sequence[int]) -> tuple[CodecPair, ...]:
-        return tuple(LADDER[rung].pair for rung in rungs)
+        return tuple(ladder[rung] for ladder, rung in zip(ladder_L, rungs, strict=True))
 
     best_s = step_s(pairs(rungs))
+    num_rungs = len(ladder_L[0]) if ladder_L else 0
     while True:
         candidates = [
             [*rungs[:link], rung, *rungs[link + 1 :]]
             for link in range(num_links)
-            for rung in range(rungs[link] + 1, len(LADDER))
+            for rung in range(rungs[link] + 1, num_rungs)
         ]
-        candidates += [[max(rung, low) for rung in rungs] for low in range(1, len(LADDER))]
+        candidates += [[max(rung, low) for rung in rungs] for low in range(1, num_rungs)]
         found = [
             (step_s(pairs(candidate)), candidate)
             for candidate in candidates
-            if candidate != rungs and sum(LADDER[rung].loss_share for rung in candidate) <= budget
+            if candidate != rungs and is_allowed(candidate)
         ]
-        if not found or min(found)[0] >= best_s:
+        if not found or min(found)[0] >= best_s * (1 - least_gain):
             return pairs(rungs)
         best_s, rungs = min(found)
 

@@ -17,10 +17,11 @@ from actors.spec import Plan, ScheduleName
 from orchestrator.planner.assemble import Option, plan_of
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, allowed_fleet, limits_of
-from orchestrator.planner.codecs import LADDER, CodecPair, choose_codecs
+from orchestrator.planner.codecs import LADDER, CodecPair
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.kept import kept_placement
 from orchestrator.planner.large import default_large_evaluations, plan_large
+from orchestrator.planner.link_codecs import with_codecs
 from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.played import polished
 from orchestrator.planner.problem import Placement, Problem
@@ -157,7 +158,7 @@ class _Way:
         option = Option(
             fleet=self.fleet, work=self.work, wire=self.wire, problem=self.problem, placement=placement, pairs=pairs
         )
-        return option if self.codecs is None else _with_codecs(option, config)
+        return with_codecs(option, config)
 
 
 def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Iterator[_Way]:
@@ -185,23 +186,6 @@ def codec_sets(config: PlanConfig) -> tuple[tuple[CodecPair, ...] | None, ...]:
     affordable = [cost.pair for cost in LADDER if cost.loss_share <= config.quality_budget] or [LADDER[0].pair]
     # The mildest codec rather than none, where it may be: nobody would search with frames that large.
     return tuple((pair,) for pair in dict.fromkeys((affordable[:2][-1], affordable[-1])))
-
-
-def _with_codecs(option: Option, config: PlanConfig) -> Option:
-    """Return the option with each link's codecs chosen within the budget."""
-    assert config.quality_budget is not None
-    placement = option.placement
-
-    def with_pairs(pairs: Sequence[CodecPair]) -> Problem:
-        # A plan of one stage has no link.
-        return make_problem(option.fleet, option.work, option.wire, codecs=pairs or (LADDER[0].pair,))
-
-    pairs = choose_codecs(
-        placement.num_stages - 1,
-        config.quality_budget,
-        lambda pairs: evaluate(with_pairs(pairs), placement).step_s,
-    )
-    return replace(option, problem=with_pairs(pairs), pairs=pairs)
 
 
 def _placements(problem: Problem, config: PlanConfig, limits: Limits) -> Iterator[Placement]:

@@ -26,8 +26,10 @@ from actors.spec import (
     EvalReport,
     LinkCodecs,
     LinkCount,
+    LinkSizes,
     LoadOrder,
     StepOrder,
+    StepReport,
 )
 from actors.stage import Stage
 from actors.token_shards import DataManifest
@@ -113,8 +115,11 @@ class Pipeline:
         self.canaries: list[CanaryReading] = []
         # What each stage sent in the last step.
         self.counts: list[tuple[LinkCount, ...]] = []
-        # What the next steps' orders say of the links' codecs.
+        # What the next steps' orders say of the links' codecs and sizes, and of what is in flight.
         self.codecs: tuple[LinkCodecs, ...] | None = None
+        self.link_sizes: tuple[LinkSizes, ...] | None = None
+        self.in_flight: tuple[int, ...] | None = None
+        self.reports: list[StepReport] = []
         self._commit: Commit | None = None
 
     def load(self, checkpoint: CheckpointRef | None = None, step: int = 0) -> None:
@@ -133,6 +138,7 @@ class Pipeline:
             assert isinstance(decision, CommitStep)
             self._commit = decision.commit
             self.canaries += readings_of(reports)
+            self.reports = reports
             self.counts = [report.links for report in reports]
             self.losses.append(outcome.loss)
             self.grad_norms.append(outcome.grad_norm)
@@ -162,6 +168,8 @@ class Pipeline:
             step=self.state.step,
             commit=self._commit,
             codecs=self.codecs,
+            link_sizes=self.link_sizes,
+            in_flight=self.in_flight,
             run_step=run_step,
         )
 

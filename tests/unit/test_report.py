@@ -101,7 +101,7 @@ def test_the_page_holds_run_and_baseline_and_needs_nothing_else(tmp_path: Path) 
     assert ["", "demo", "demo-baseline"] in page.rows
     assert ["$/M tokens", "10.0000", "10.0000"] in page.rows
     assert ["held-out loss", "6.0000", "6.0000"] in page.rows
-    assert ["0 -> 1", "16", "98.4 MB", "49.2 MB", "2.0x", "-"] in page.rows
+    assert ["0 -> 1", "16", "98.4 MB", "49.2 MB", "2.0x", "-", "-"] in page.rows
     assert ["1", "55.0%", "10.0%", "1.0 GB"] in page.rows
     assert ["1", "node-1", "2-3", "1.0 GB of 2.0 GB", "0.500 s", "-"] in page.rows
     assert ["2", "saved", "checkpoint step-2"] in page.rows

@@ -23,7 +23,7 @@ from actors.link import Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt, Verdict
 from actors.node import CONCURRENCY_GROUPS, RayCarrier
 from actors.settings import WireConfig
-from actors.spec import Kind
+from actors.spec import Kind, LinkSizes
 from orchestrator.planner.assemble import chunk_and_window_bytes
 
 TIMEOUT_S = 60.0
@@ -90,8 +90,7 @@ class End:
             run=case.name,
             source=self._stage,
             target=other,
-            chunk_bytes=case.chunk_bytes,
-            window_bytes=case.window_bytes,
+            sizes=LinkSizes(chunk_bytes=case.chunk_bytes, window_bytes=case.window_bytes),
             ack_s=TIMEOUT_S / 2,
             give_up_s=TIMEOUT_S,
         )
