@@ -289,23 +289,25 @@ class _FullLink:
     """A link that carries frames nearly all of the time."""
 
     ends: Place
+    # Without what the peer had no room for: that may be the peer's own pace.
     busy_s: float
     shares: Mapping[Leg, float]
 
 
 def _fullest(turns: Mapping[tuple[int, int], tuple[Stretch, ...]]) -> _FullLink | None:
     """Return the link that its frames' turns fill, from the first to the last; of several the one that took longest."""
-    fullest: _FullLink | None = None
+    fullest, most_s = None, 0.0
     for ends, own in turns.items():
-        busy_s = math.fsum(turn.end_s - turn.start_s for turn in own)
-        if len(own) < _FEWEST_TURNS or busy_s < _FULL_SHARE * (own[-1].end_s - own[0].start_s) or busy_s <= 0:
+        legs_s: dict[Leg, float] = defaultdict(float)
+        for turn in own:
+            for leg, share in turn.shares:
+                legs_s[leg] += share * (turn.end_s - turn.start_s)
+        total_s = math.fsum(legs_s.values())
+        if len(own) < _FEWEST_TURNS or total_s < _FULL_SHARE * (own[-1].end_s - own[0].start_s):
             continue
-        if fullest is None or busy_s > fullest.busy_s:
-            shares: dict[Leg, float] = defaultdict(float)
-            for turn in own:
-                for leg, share in turn.shares:
-                    shares[leg] += share * (turn.end_s - turn.start_s) / busy_s
-            fullest = _FullLink(ends, busy_s, shares)
+        if total_s > most_s:
+            shares = {leg: seconds / total_s for leg, seconds in legs_s.items()}
+            fullest, most_s = _FullLink(ends, total_s - legs_s.get(Leg.ROOM, 0.0), shares), total_s
     return fullest
 
 

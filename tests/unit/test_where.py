@@ -139,6 +139,26 @@ def test_a_peer_without_room_is_named() -> None:
         assert (part.cause, part.place) == (Cause.ROOM, (1, 0))
 
 
+def test_a_slow_stage_that_lets_nothing_in_is_slow_and_no_link_is_full() -> None:
+    # All forwards go out at once, and each is refused until the one before is done with.
+    slow = Rig(
+        forward_s=(1.0, 3.0),
+        backward_s=(2.0, 6.0),
+        num_microbatches=40,
+        schedule="gpipe",
+        lines={(0, 1): Line(room_s=9.5)},
+    )
+    first, second = where(slow)
+    (part,) = (part for part in first.parts if part.cause is Cause.SLOWER)
+    assert part.place == (1,)
+    # Of every backward but the first, which fills the pipeline.
+    assert part.seconds == pytest.approx(39 * (6.0 - 2.0), rel=0.05)
+    assert largest(second).cause is Cause.ROOM
+    # Were it the link that carried bytes all that time, it would set the pace.
+    full = Line(rate_mbps=8.0, frame_bytes=9_500_000)
+    assert where(replace(slow, lines={(0, 1): full}))[0].seconds(Cause.SLOWER) == 0.0
+
+
 def test_codecs_that_take_longer_than_compute_are_found() -> None:
     rig = replace(EVEN, num_microbatches=20, encode_s=2.0, decode_s=1.5)
     for time in where(rig):
