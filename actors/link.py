@@ -23,6 +23,7 @@ from actors.codecs import Codec
 from actors.encoding import Encoder, mark_ready
 from actors.errors import FrameUnexpected, IsthmusError, PeerLost, PeerTimeout, StageError
 from actors.frame import FrameHeader, rounding_seed, run_id, split_frame, wire_bytes
+from actors.frame_log import SendLog
 from actors.mailbox import WIRE_DTYPES, Receipt, Verdict
 from actors.outgoing import Answer, Frame, Pending, Send
 from actors.patience import Patience
@@ -78,6 +79,8 @@ class Link:
         self._on_failure = on_failure
         self._run = run_id(settings.run)
         self._encoder = Encoder()
+        # When frames were made, sent and held up.
+        self.log = SendLog(settings.target)
         # None only wakes the thread.
         self._messages: queue.SimpleQueue[Send | Answer | None] = queue.SimpleQueue()
         self._waiting: deque[tuple[Frame, bytes]] = deque()
@@ -240,9 +243,11 @@ class Link:
             self._drop_all()
             # Of a step that is run again: nobody was told of these, and each is made again.
             self._tally.forget_canaries()
+        mark = self.log.encoding(message.header)
         payload = self._encoder.encode(message.codec, message.tensor, message.ready, message.header.seed)
         chunks = list(split_frame(message.header, payload, message.chunk_bytes))
-        frame = Frame(message.header.kind, len(chunks))
+        self.log.encoded(mark, sum(map(len, chunks)))
+        frame = Frame(message.header.kind, len(chunks), mark)
         self._waiting.extend((frame, chunk) for chunk in chunks)
         return payload
 
@@ -278,12 +283,15 @@ class Link:
             frame, chunk = self._waiting[0]
             size = len(chunk)
             if self._in_flight_bytes and self._in_flight_bytes + size > self._sizes.window_bytes:
+                self.log.block("window", frame.mark)
                 return
             self._waiting.popleft()
+            self.log.pushed(frame.mark)
             self._num_chunks += 1
             pending = self._pending[self._num_chunks] = Pending(frame, chunk, _BUSY_RETRY_S)
             self._in_flight_bytes += size
             self._push(self._num_chunks, pending)
+        self.log.unblock("window")
 
     def _push(self, number: int, pending: Pending) -> None:
         self._num_pushed += 1
@@ -316,6 +324,8 @@ class Link:
         if pending is None:
             return
         answer = message.answer
+        is_busy = isinstance(answer, Receipt) and answer.verdict is Verdict.BUSY
+        self.log.answered(message.chunk, pending.frame.mark, is_busy=is_busy)
         if isinstance(answer, Receipt):
             self._patience.heard(pending, self._pending.values(), message.heard_s)
         if isinstance(answer, Receipt) and answer.verdict is Verdict.REFUSED:
@@ -332,6 +342,7 @@ class Link:
         self._in_flight_bytes -= len(pending.chunk)
         pending.frame.chunks_left -= 1
         if pending.frame.chunks_left == 0:
+            self.log.settled(pending.frame.mark)
             self._make_room(1)
 
     def _postpone(self, pending: Pending, answer: Receipt | IsthmusError) -> None:
@@ -374,4 +385,5 @@ class Link:
         self._waiting.clear()
         self._pending.clear()
         self._in_flight_bytes = 0
+        self.log.drop()
         self._tally.forget_under_way()

@@ -23,6 +23,7 @@ from actors.codecs.protocol import CodecOptions
 from actors.encoding import Arrival, Decoder
 from actors.errors import FrameCorrupt, FrameUnexpected, IsthmusError, NonFinite, PeerTimeout, StepAborted
 from actors.frame import FrameHeader, WireDtype, parse_chunk, rounding_seed, run_id
+from actors.frame_log import ArrivalLog
 from actors.settings import MIN_CHUNK_BYTES
 from actors.spec import Kind
 
@@ -107,6 +108,8 @@ class _Assembly:
 
     payload: bytearray
     num_chunks: int
+    # When the first of them came.
+    first_s: float
     # (offset, size) of each chunk that is in, by its number.
     parts: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
 
@@ -140,6 +143,8 @@ class Mailbox:
         self._num_microbatches = num_microbatches
         self._expected = {expectation.kind: expectation for expectation in expectations}
         self._decoder = Decoder(device)
+        # When frames came and were decoded.
+        self.log = ArrivalLog()
         self._changed = threading.Condition()
         self._generation = 0
         self._step = -1
@@ -210,7 +215,8 @@ class Mailbox:
                 return receipt
             assembly = self._partial.get(key)
             if assembly is None:
-                assembly = self._partial[key] = _Assembly(bytearray(header.frame_bytes), header.num_chunks)
+                assembly = _Assembly(bytearray(header.frame_bytes), header.num_chunks, self.log.clock())
+                self._partial[key] = assembly
             assembly.payload[header.offset : header.offset + len(payload)] = payload
             assembly.parts[header.chunk] = (header.offset, len(payload))
             if not assembly.is_complete:
@@ -220,7 +226,7 @@ class Mailbox:
                 return Receipt(Verdict.REFUSED, f"the chunks of {_name(key)} overlap")
             self._ready[key] = None
             codec = CODECS[self._expected[header.kind].codec]
-        return self._decode(key, header, codec, assembly.payload)
+        return self._decode(key, header, codec, assembly)
 
     def take(self, kind: Kind, microbatch: int, *, timeout_s: float, monotonic: Callable[[], float]) -> torch.Tensor:
         """Return the decoded tensor of one microbatch, waiting for it at most `timeout_s`.
@@ -334,11 +340,12 @@ class Mailbox:
         self._partial = {key: a for key, a in self._partial.items() if key[:2] >= (generation, step)}
         self._ready = {key: t for key, t in self._ready.items() if key[:2] >= (generation, step)}
 
-    def _decode(self, key: _Key, header: FrameHeader, codec: Codec, payload: bytearray) -> Receipt:
+    def _decode(self, key: _Key, header: FrameHeader, codec: Codec, assembly: _Assembly) -> Receipt:
         """Decode outside the lock, so that other chunks come in meanwhile."""
         dtype = TORCH_DTYPES[header.dtype]
+        whole_s = self.log.clock()
         try:
-            arrival = self._decoder.decode(codec, payload, header.shape, dtype)
+            arrival = self._decoder.decode(codec, assembly.payload, header.shape, dtype)
         except NonFinite:
             # The sender's values were not finite, and a codec that cannot carry them says so. The step goes on with
             # NaN, as it would with codec none, and is skipped by whoever judges it.
@@ -348,6 +355,8 @@ class Mailbox:
             with self._changed:
                 self._ready.pop(key, None)
             return Receipt(Verdict.REFUSED, str(error))
+        # Before anyone can take it: whoever does may report the step at once.
+        self.log.arrived(header, assembly.first_s, whole_s)
         with self._changed:
             if key in self._ready:
                 self._ready[key] = arrival

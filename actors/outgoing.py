@@ -9,6 +9,7 @@ import torch
 from actors.codecs import Codec
 from actors.errors import IsthmusError
 from actors.frame import FrameHeader
+from actors.frame_log import SendMark
 from actors.mailbox import Receipt
 from actors.spec import Kind
 
@@ -43,6 +44,7 @@ class Frame:
 
     kind: Kind
     chunks_left: int
+    mark: SendMark
 
 
 @dataclass

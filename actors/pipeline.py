@@ -75,6 +75,11 @@ class Timeline:
         self._marks: list[tuple[str, int, _Seconds, _Seconds]] = []
 
     @property
+    def start_s(self) -> float:
+        """The clock's reading at the step's start."""
+        return self._start_s
+
+    @property
     def elapsed_s(self) -> float:
         return self.clock() - self._start_s
 

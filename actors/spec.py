@@ -7,10 +7,11 @@ doing it twice is doing it once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal
 
+from actors.frame_times import FrameTimes
 from actors.model.spec import ModelSpec
 from actors.optim import OptimConfig
 from actors.settings import BatchSpec, DataConfig, TimeoutConfig
@@ -377,6 +378,10 @@ class StepReport:
     peak_memory_bytes: int
     # The same over the idle process; on CPU what is resident beyond what was before the stage was built.
     held_bytes: int = 0
+    # When frames of this step were made, sent, held up and read; compute and waits are in `actions`.
+    frames: FrameTimes = field(default_factory=FrameTimes)
+    # Of the step before, from its own start: frames that were still on their way when this stage reported it.
+    late_frames: FrameTimes = field(default_factory=FrameTimes)
     # Of the links that this stage sends on, where anything was acknowledged since its report before.
     readings: tuple[LinkReading, ...] = ()
 

@@ -20,6 +20,7 @@ from actors.data import Microbatch, TokenSource
 from actors.dispatch import Dispatch
 from actors.engine import StageEngine
 from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
+from actors.frame_log import drain_times
 from actors.kernels.dispatch import prepare_kernels
 from actors.link import Carrier, Link, LinkSettings
 from actors.mailbox import WIRE_DTYPES, Expectation, Mailbox, Receipt
@@ -277,7 +278,7 @@ class Stage:
         outlets = (self._ports.to_previous, self._ports.to_next)
         actions = timeline.actions()
         frame_s = self._ports.frame_s
-        return StepReport(
+        report = StepReport(
             run=order.run,
             generation=order.generation,
             step=order.step,
@@ -298,6 +299,9 @@ class Stage:
             peak_memory_bytes=engine.peak_memory_bytes(),
             held_bytes=engine.held_bytes(),
         )
+        logs = [outlet.link.log for outlet in outlets if outlet]
+        frames, late = drain_times(self._mailbox.log, logs, (order.generation, order.step), timeline.start_s)
+        return replace(report, frames=frames, late_frames=late)
 
     def _require_current(self, run: str, generation: int) -> None:
         if run != self._assignment.run:

@@ -231,10 +231,13 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     from orchestrator.config import load_config
     from orchestrator.controller import train
     from orchestrator.interrupt import catch_interrupts
+    from orchestrator.report import where_text
 
     config = load_config(arguments.words)
     with catch_interrupts(lambda: _announce_stop(console)) as interrupted:
         result = train(config, address=arguments.address, console=console, interrupted=interrupted)
+    if where := where_text(result.folder, is_last_enough=True):
+        console.print(where, highlight=False, markup=False, soft_wrap=True)
     if not result.finished:
         console.print(f"saved at step {result.step}; the same command goes on from there")
     return 0
@@ -365,7 +368,7 @@ def _simulate(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
-    from orchestrator.report import TRACE_NAME, summary_text, write_report
+    from orchestrator.report import summary_text, trace_path, where_text, write_report
     from orchestrator.runfolder import BASELINE_SUFFIX
 
     folder: Path = arguments.folder
@@ -375,9 +378,10 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
         raise UserError(f"there is no baseline in {baseline}", "make one with `isthmus baseline CONFIG`")
     page = write_report(folder, baseline, arguments.out or folder / "report.html")
     console.print(summary_text(folder, baseline))
+    if where := where_text(folder):
+        console.print(where, highlight=False, markup=False, soft_wrap=True)
     console.print(f"the page is {page}")
-    trace = page.with_name(TRACE_NAME)
-    console.print(f"the actions on record are in {trace}; open it in chrome://tracing or ui.perfetto.dev")
+    console.print(f"all actions on record are in {trace_path(page)}; open it in chrome://tracing or ui.perfetto.dev")
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
+from actors.frame_times import FrameTimes
 from orchestrator.records import EvalRecord, EventRecord, StepRecord
 from orchestrator.runfolder import disk_errors
 
@@ -23,7 +24,9 @@ Record = StepRecord | EvalRecord | EventRecord
 
 _KINDS: dict[str, type[Record]] = {"step": StepRecord, "evaluation": EvalRecord, "event": EventRecord}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_MAX_LINE_BYTES = 4_194_304
+_MAX_LINE_BYTES = 16_777_216
+# A frame takes some 140 bytes of JSON; a step that has more frames than this is kept without them.
+_MOST_FRAMES = 30_000
 
 
 def is_due(record: StepRecord, every: int) -> bool:
@@ -92,13 +95,15 @@ def _shape(kind: type) -> dict[str, tuple[Any, bool]]:
 class EventsFile:
     """The sink that appends every record to events.jsonl, a line at a time, each with its `type`.
 
-    Only every `timeline_every`-th step keeps its stages' actions: they would be nine tenths of the file.
+    Only every `timeline_every`-th step keeps its stages' actions and frames: they would be nine tenths of the file.
     Raises DiskFull.
     """
 
     def __init__(self, path: Path, timeline_every: int) -> None:
         self._path = path
         self._timeline_every = timeline_every
+        # The last step that was written with its frames.
+        self._kept_step = -2
         with disk_errors(path):
             self._file = open(path, "a+b")  # noqa: SIM115 - closed by `finish`
             if _is_torn(self._file):
@@ -108,7 +113,14 @@ class EventsFile:
         """Nothing: config.yaml and plan.json hold them."""
 
     def step(self, record: StepRecord) -> None:
-        self._append(record if is_due(record, self._timeline_every) else without_actions(record))
+        is_kept = is_due(record, self._timeline_every)
+        kept = with_few_frames(record) if is_kept else without_actions(record)
+        # The rest of the frames of a step that was kept.
+        is_next = self._kept_step + 1 == record.step
+        kept = with_late_of(kept, with_few_frames(record) if is_next else without_frames(record))
+        if is_kept:
+            self._kept_step = record.step
+        self._append(kept)
 
     def evaluation(self, record: EvalRecord) -> None:
         self._append(record)
@@ -135,8 +147,27 @@ def _is_torn(file: BinaryIO) -> bool:
 
 
 def without_actions(record: StepRecord) -> StepRecord:
-    """Return the record without the times of single actions."""
-    return replace(record, stages=tuple(replace(stage, actions=()) for stage in record.stages))
+    """Return the record without the times of single actions and frames."""
+    bare = without_frames(record)
+    return replace(bare, stages=tuple(replace(stage, actions=()) for stage in bare.stages))
+
+
+def without_frames(record: StepRecord) -> StepRecord:
+    """Return the record without the times of single frames, of this step and of the one before."""
+    none = FrameTimes()
+    return replace(record, stages=tuple(replace(s, frames=none, late_frames=none) for s in record.stages))
+
+
+def with_late_of(record: StepRecord, whole: StepRecord) -> StepRecord:
+    """Return the record with the late frames of `whole`, which is the same one with all of them."""
+    pairs = zip(record.stages, whole.stages, strict=True)
+    return replace(record, stages=tuple(replace(stage, late_frames=full.late_frames) for stage, full in pairs))
+
+
+def with_few_frames(record: StepRecord) -> StepRecord:
+    """Return the record, without the times of its frames where they would make a file that nobody can read."""
+    num_frames = sum(len(stage.frames) + len(stage.late_frames) for stage in record.stages)
+    return record if num_frames <= _MOST_FRAMES else without_frames(record)
 
 
 @dataclass(frozen=True, kw_only=True)

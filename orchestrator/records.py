@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from actors.frame_times import FrameTimes
 from actors.spec import ActionTime, StepReport
 
 
@@ -28,6 +29,11 @@ class StageRecord:
     node: str = ""
     # Of the peak, what training took: over what the idle process held.
     held_bytes: int = 0
+    # The step on this node's own clock; None where it was not kept. The frames beside `actions`, where they are kept.
+    step_s: float | None = None
+    frames: FrameTimes = field(default_factory=FrameTimes)
+    # What was missing in the frames of the step before: see orchestrator.late_frames.
+    late_frames: FrameTimes = field(default_factory=FrameTimes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,9 @@ def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRe
             peak_memory_bytes=report.peak_memory_bytes,
             actions=report.actions,
             held_bytes=report.held_bytes,
+            step_s=report.step_s,
+            frames=report.frames,
+            late_frames=report.late_frames,
         )
         for report in sorted(reports, key=lambda report: report.stage)
     )

@@ -22,16 +22,20 @@ from rich.filesize import decimal
 
 from actors.errors import UserError
 from actors.spec import Plan
+from orchestrator.clocks import link_figures
 from orchestrator.console import duration_text
 from orchestrator.events import History, read_history
+from orchestrator.late_frames import with_late_frames
 from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timeline_picture
 from orchestrator.records import LinkRecord, StepRecord
 from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
 from orchestrator.status import Status, read_status
 from orchestrator.tracefile import trace_document
+from orchestrator.where import telling_steps, where_time_went
+from orchestrator.would_help import where_rows, would_help
 
 _MAX_CONFIG_CHARS = 1_048_576
-TRACE_NAME = "trace.json"
+_WHERE_TITLE = "where the time went"
 _LOSS_CAPTION = "loss over tokens trained on"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -178,8 +182,8 @@ def loss_curves(history: History, name: str, colour: str) -> list[Curve]:
 def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
     """Write the page about run folder `run`, with `baseline`'s numbers beside it, to `out`, and return `out`.
 
-    Beside it, as `trace.json`, the last steps action by action, for a trace viewer. Raises UserError where there is no
-    run, or it has not done a step yet.
+    Beside it, in `trace_path(out)`, the last steps action by action, for a trace viewer. Raises UserError where there
+    is no run, or it has not done a step yet.
     """
     history = _history(run)
     if not history.steps:
@@ -188,8 +192,49 @@ def write_report(run: Path, baseline: Path | None, out: Path) -> Path:
         )
     base = _history(baseline) if baseline else None
     write_atomic(out, _page(run, history, baseline, base))
-    write_atomic(out.with_name(TRACE_NAME), json.dumps(trace_document(history.steps)))
+    view = read_status(run)
+    steps = _with_last(history.steps, view.status)
+    trace = trace_document(steps, link_figures(view.plan))
+    write_atomic(trace_path(out), json.dumps(trace, allow_nan=False))
     return out
+
+
+def trace_path(page: Path) -> Path:
+    """Return where the trace that belongs to a page lies: each page has its own."""
+    return page.with_name(f"{page.name.removesuffix('.html')}.trace.json")
+
+
+def where_text(run: Path, *, is_last_enough: bool = False) -> str:
+    """Return where the time of a run's last steps went and what would help, as text; empty where no step tells.
+
+    `is_last_enough`: of the very last step alone, without reading the whole history.
+    """
+    view = read_status(run)
+    last = view.status.step if view.status else None
+    steps = () if last is None else (last,)
+    rows, said = _where(steps if is_last_enough else _with_last(_history(run).steps, view.status), view.plan)
+    if not rows:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([_WHERE_TITLE, *lines, *(f"would help: {words}" for words in said)])
+
+
+def _where(steps: Sequence[StepRecord], plan: Plan | None) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    telling = telling_steps(steps)
+    times = where_time_went(telling, link_figures(plan))
+    return where_rows(times, plan), would_help(times, telling, plan)
+
+
+def _with_last(steps: Sequence[StepRecord], status: Status | None) -> tuple[StepRecord, ...]:
+    """Return the steps on record, the last with its actions, which status.json has where the events file has not.
+
+    Each has those of its frames too that were told a step later.
+    """
+    last = status.step if status else None
+    if last is not None and steps and steps[-1].step == last.step and not any(s.actions for s in steps[-1].stages):
+        steps = (*steps[:-1], last)
+    return with_late_frames(steps)
 
 
 def _history(run: Path) -> History:
@@ -212,6 +257,7 @@ def _page(run: Path, history: History, baseline: Path | None, base: History | No
         ("Plan", _plan_table(view.plan)),
         ("Stages", _stage_table(history.steps)),
         ("Links", _link_table(history.steps)),
+        (_WHERE_TITLE.capitalize(), _where_section(*_where(_with_last(history.steps, view.status), view.plan))),
         ("One step", _picture(lambda file: timeline_picture(last, file, "svg"), "what each stage did") if last else ""),
         ("Events", _table(("step", "event", "what"), [(f"{e.step:,}", e.name, e.text) for e in history.events])),
         ("Configuration", f"<details><summary>resolved</summary><pre>{escape(config)}</pre></details>"),
@@ -285,6 +331,12 @@ def _stage_table(steps: Sequence[StepRecord]) -> str:
         for stage in sorted(compute_s)
     ]
     return _table(("stage", "computes", "waits for frames", "peak memory"), rows)
+
+
+def _where_section(rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
+    if not rows:
+        return ""
+    return _table(rows[0], rows[1:]) + "".join(f"<p>Would help: {escape(words)}</p>" for words in said)
 
 
 def _link_table(steps: Sequence[StepRecord]) -> str:

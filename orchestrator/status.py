@@ -17,7 +17,7 @@ from rich.text import Text
 from actors.errors import UserError
 from actors.spec import Plan
 from orchestrator.console import duration_text, event_line, wire_text
-from orchestrator.events import decode, encode
+from orchestrator.events import decode, encode, with_few_frames, without_frames
 from orchestrator.records import EvalRecord, EventRecord, StepRecord
 from orchestrator.runfolder import BASELINE_SUFFIX, RunFolder, write_atomic
 
@@ -42,7 +42,8 @@ class Status:
 class StatusFile:
     """The sink that keeps status.json true, at most a write a second for steps. Raises DiskFull.
 
-    It goes on from what the driver before left there: a run that has nothing more to do is still finished.
+    It goes on from what the driver before left there: a run that has nothing more to do is still finished. The times of
+    single frames are written only at the end: they would be most of what is written every second.
     """
 
     def __init__(self, folder: RunFolder, clock: Callable[[], float]) -> None:
@@ -72,10 +73,13 @@ class StatusFile:
 
     def finish(self, exit_code: int) -> None:
         self._status = replace(self._status, exit_code=exit_code)
-        self._write()
+        self._write(has_ended=True)
 
-    def _write(self) -> None:
-        write_atomic(self._path, json.dumps(encode(self._status), allow_nan=False))
+    def _write(self, *, has_ended: bool = False) -> None:
+        step = self._status.step
+        if step is not None:
+            step = with_few_frames(step) if has_ended else without_frames(step)
+        write_atomic(self._path, json.dumps(encode(replace(self._status, step=step)), allow_nan=False))
         self._written_unix_s = self._clock()
 
 

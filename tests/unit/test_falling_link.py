@@ -59,7 +59,7 @@ def fleet_at(rate_mbps: float) -> Fleet:
 
 def config_in(folder: Path, *words: str) -> RunConfig:
     return small_config(
-        folder, *SHAPE, f"train.steps={STEPS}", "plan.split=[2,2]", "plan.schedule=bdp", "timeouts.ack_s=2", *words
+        folder, *SHAPE, f"train.steps={STEPS}", "plan.split=[2,2]", "plan.schedule=bdp", "timeouts.ack_s=0.6", *words
     )
 
 
@@ -121,15 +121,12 @@ def test_a_run_over_a_link_that_falls_is_soon_as_fast_as_one_planned_for_it(
     assert alone.orders[0].codecs == crew.orders[-1].codecs
     assert step_s(history, -4, STEPS) <= 1.2 * step_s(planned, 1, 4)
 
+    # A frame is one chunk here; some find no room while the other end has yet to open its step.
+    frames = sum(link.num_frames for record in history.steps for link in record.links)
     sent = sum(throttle.num_pushed for throttle in crew.throttles)
-    assert sent <= 1.1 * sum(chunks_of(record.wire_bytes) for record in history.steps)
+    assert frames <= sent <= 1.05 * frames + config.train.eval_microbatches
     if not thin:
         assert [record.loss for record in history.steps] == train_plainly(config).losses, "not a bit is another one"
-
-
-def chunks_of(wire_bytes: int) -> int:
-    """At least as many chunks as hold so many bytes: none is smaller than a few hundred."""
-    return wire_bytes // 300
 
 
 def test_a_link_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +138,7 @@ def test_a_link_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: pytes
     _, history = run(config, monkeypatch, THIN, rise)
     told = [event for event in history.events if event.name == "retuned"]
     assert told
-    assert "at least" in told[0].text or "4 were planned" in told[0].text
+    assert "4 were planned" in told[0].text
     assert plan_of(config).links[0].rate_mbps > 2 * THIN
     assert step_s(history, -5, 24) < 0.5 * history.steps[1].step_s
 

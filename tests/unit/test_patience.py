@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from actors.codecs import CODECS
+from actors.frame_log import SendMark
 from actors.mailbox import Receipt, Verdict
 from actors.outgoing import Frame, Pending
 from actors.patience import Patience
@@ -35,7 +36,7 @@ def sender() -> Iterator[Sender]:
 
 
 def pushed(patience: Patience, count: int) -> list[Pending]:
-    chunks = [Pending(Frame(Kind.ACTIVATION, 1), b"", 0.1) for _ in range(count)]
+    chunks = [Pending(Frame(Kind.ACTIVATION, 1, SendMark(None, False, 0, 0.0)), b"", 0.1) for _ in range(count)]
     for order, chunk in enumerate(chunks, 1):
         patience.begin(chunk, order, 0.0)
     return chunks

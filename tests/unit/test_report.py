@@ -13,12 +13,23 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
+from orchestrator.cli import main
 from orchestrator.events import EventsFile, encode, fold_history
 from orchestrator.pictures import centred_mean, curves_picture, timeline_picture
 from orchestrator.records import EvalRecord, EventRecord
-from orchestrator.report import comparison, link_totals, loss_curves, summary_text, totals, write_report
+from orchestrator.report import (
+    comparison,
+    link_totals,
+    loss_curves,
+    summary_text,
+    totals,
+    trace_path,
+    where_text,
+    write_report,
+)
 from orchestrator.runfolder import RunFolder, write_atomic
 from orchestrator.status import StatusFile
+from tests.played_frames import Line, Rig, played_step
 from tests.unit.synthetic_run import make_plan, make_step
 
 _VOID = {"meta", "img", "br"}
@@ -81,7 +92,7 @@ def test_the_page_holds_run_and_baseline_and_needs_nothing_else(tmp_path: Path) 
     run, baseline = make_run(tmp_path, "demo", 2), make_run(tmp_path, "demo-baseline", 1)
     out = tmp_path / "report.html"
     assert write_report(run, baseline, out) == out
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "report.trace.json").read_text())["traceEvents"]
     page = Page(out.read_text())
     curves, timeline = page.pictures
     for name in ("demo: training", "demo: held-out", "demo-baseline: training", "demo-baseline: held-out"):
@@ -96,6 +107,111 @@ def test_the_page_holds_run_and_baseline_and_needs_nothing_else(tmp_path: Path) 
     assert ["2", "saved", "checkpoint step-2"] in page.rows
     assert "script" not in page.tags
     assert "link" not in page.tags
+
+
+def make_timed_run(root: Path, name: str = "timed", timeline_every: int = 3) -> Path:
+    """A run of five steps that fill and drain a pipeline, with every frame on record."""
+    folder = RunFolder.open(root, name)
+    rig = Rig(forward_s=(1.0, 1.0), backward_s=(2.0, 2.0), num_microbatches=4, line=Line(delay_s=0.125))
+    write_atomic(folder.plan, json.dumps(encode(make_plan(2))))
+    events, status = EventsFile(folder.events, timeline_every=timeline_every), StatusFile(folder, lambda: 1000.0)
+    for sink in (events, status):
+        for step in range(5):
+            sink.step(played_step(rig, step))
+        sink.finish(0)
+    return folder.path
+
+
+def test_the_page_says_where_time_went_and_what_would_help(tmp_path: Path) -> None:
+    run = make_timed_run(tmp_path)
+    page = Page(write_report(run, None, tmp_path / "report.html").read_text())
+    assert "Where the time went" in page.text
+    header = page.rows.index(["stage", "step", "forward", "backward", "fill and drain", "few in flight", "link delay"])
+    for stage, row in enumerate(page.rows[header + 1 : header + 3]):
+        assert row[:2] == [f"stage {stage} (node-{stage})", "15.500 s"]
+        assert sum(float(cell.removesuffix("%")) for cell in row[2:]) == pytest.approx(100.0, abs=0.3)
+    assert "Would help: filling and draining the pipeline takes" in page.text
+    # The console says the same.
+    lines = where_text(run).splitlines()
+    assert lines[0] == "where the time went"
+    assert lines[1].split("  ")[0] == "stage"
+    assert lines[2].startswith("stage 0 (node-0)  15.500 s  25.8%")
+    assert lines[-1].startswith("would help: ")
+
+
+def test_the_verb_says_it_too_and_where_its_trace_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_timed_run(tmp_path)
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert where_text(run) in said
+    assert "page.trace.json" in said.replace("\n", "")
+    assert (tmp_path / "page.trace.json").exists()
+
+
+def test_the_very_last_step_tells_though_only_status_has_its_frames(tmp_path: Path) -> None:
+    run = make_timed_run(tmp_path, timeline_every=1000)
+    # Step 0 and, from status.json, step 4.
+    write_report(run, None, tmp_path / "report.html")
+    trace = json.loads((tmp_path / "report.trace.json").read_text())["traceEvents"]
+    assert {event["args"]["step"] for event in trace if event["ph"] == "X"} == {0, 4}
+    assert any(event["ph"] == "s" for event in trace)
+    # At the end of a run the last step is enough, and its history, which may be long, is not read.
+    RunFolder(run).events.unlink()
+    assert where_text(run, is_last_enough=True).splitlines()[0] == "where the time went"
+    assert where_text(run) == ""
+
+
+def test_runs_of_before_frames_were_noted_have_no_such_section(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo", 2)
+    for path in (RunFolder(run).events, RunFolder(run).status):
+        path.write_text(path.read_text().replace('"step_s":null,', "").replace('"step_s": null,', ""))
+    write_report(run, None, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Where the time" not in page.text
+    assert where_text(run) == ""
+
+
+def test_each_page_has_a_trace_of_its_own(tmp_path: Path) -> None:
+    timed, plain = make_timed_run(tmp_path), make_run(tmp_path, "demo", 3)
+    pages = [tmp_path / name for name in ("a.html", "b.html", "b", "b.v1", "b.v2")]
+    assert len({trace_path(page) for page in pages}) == len(pages) - 1
+    # A page without its ending shares with that with it, and nothing else does.
+    assert trace_path(pages[1]) == trace_path(pages[2]) == tmp_path / "b.trace.json"
+    write_report(timed, None, pages[0])
+    write_report(plain, None, pages[1])
+
+    def stages(page: Path) -> set[int]:
+        return {event["pid"] for event in json.loads(trace_path(page).read_text())["traceEvents"]}
+
+    assert (stages(pages[0]), stages(pages[1])) == ({0, 1}, {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"start_s": None},
+        {"end_s": 1e308},
+        {"microbatch": -7},
+        {"pushed_s": 1e308},
+        {"settled_s": -1e308},
+        {"name": "a_new_one"},
+    ],
+)
+def test_damaged_times_leave_a_page_and_a_trace(tmp_path: Path, spoil: dict[str, object]) -> None:
+    run = make_timed_run(tmp_path)
+    lines = RunFolder(run).events.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        for stage in record["stages"]:
+            for action in stage["actions"]:
+                action |= spoil
+            for frame in (*stage["frames"]["sent"], *stage["frames"]["arrived"], *stage["frames"]["blocked"]):
+                frame |= {key: value for key, value in spoil.items() if key in frame}
+    RunFolder(run).events.write_text("".join(json.dumps(record) + "\n" for record in records))
+    RunFolder(run).status.unlink()
+    write_report(run, None, tmp_path / "report.html")
+    json.loads((tmp_path / "report.trace.json").read_text(), parse_constant=pytest.fail)
+    where_text(run)
 
 
 def test_the_timeline_is_of_the_very_last_step(tmp_path: Path) -> None:
