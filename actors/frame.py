@@ -28,6 +28,8 @@ MAX_FRAME_BYTES = 1 << 34
 # magic, version, codec, kind, dtype | flags, bits, block, dims, kept | shape | seed, run | generation, step,
 # microbatch | source, target | chunk, num_chunks | offset, frame size | payload size, payload checksum
 _BODY = struct.Struct("<4sBBBB BBHBxH 4I QQ IQI HH II QQ II")
+_TARGET = struct.Struct("<H")
+_TARGET_OFFSET = struct.calcsize("<4sBBBB BBHBxH 4I QQ IQI H")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _BODY.size + _CRC.size
 
@@ -167,6 +169,14 @@ def parse_chunk(chunk: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
     if zlib.crc32(payload) != header.payload_crc:
         raise _corrupt("the payload's checksum is wrong")
     return header, payload
+
+
+def target_of(chunk: bytes | memoryview) -> int | None:
+    """Return the stage that a chunk says it is for, nothing checked; None where it is shorter than a header."""
+    if len(chunk) < HEADER_BYTES:
+        return None
+    (target,) = _TARGET.unpack_from(chunk, _TARGET_OFFSET)
+    return target
 
 
 def _header(body: memoryview) -> FrameHeader:

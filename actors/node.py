@@ -24,10 +24,11 @@ from actors.errors import IsthmusError, PeerError, PeerLost, PeerTimeout, StageE
 from actors.fleet_spec import LinkCard, LinkProbeOrder, NodeCard, Offer, ProbeOrder
 from actors.link import Carrier
 from actors.mailbox import Receipt, Verdict
+from actors.node_stages import NodeStages
 from actors.probe import copy_mbps, device_name, fitting_sizes, free_memory_bytes, require_probe_memory
 from actors.probe_cache import cache_file, cached_time_parts
 from actors.spec import Assignment, EvalOrder, EvalReport, LoadOrder, SaveReport, StepOrder, StepReport, StoreProbe
-from actors.stage import Stage, pick_device
+from actors.stage import pick_device
 from actors.store import check_store, open_store
 
 CONCURRENCY_GROUPS = {"control": 4, "inbox": 4}
@@ -64,7 +65,7 @@ class RayCarrier:
 
 
 class NodeActor:
-    """One node of the fleet; may become one stage of one run."""
+    """One node of the fleet; may become one stage of a run, or several."""
 
     def __init__(self, node: str, region: str, num_threads: int, offer: Offer, num_sharing: int) -> None:
         """Stand for one place of `num_sharing` that share their machine's memory equally."""
@@ -73,7 +74,7 @@ class NodeActor:
         self._region = region
         self._offer = offer
         self._num_sharing = num_sharing
-        self._stage: Stage | None = None
+        self._stages: NodeStages | None = None
 
     @ray.method(concurrency_group="control")
     def ping(self, order: None) -> int:
@@ -157,53 +158,53 @@ class NodeActor:
             )
         check_store(store)
 
-    def assign(self, assignment: Assignment) -> None:
-        """Become a stage: build its layers and its links to the neighbours."""
-        if self._stage is not None:
-            self._stage.close()
-            # Its memory is free before the new one needs it.
-            self._stage = None
+    def assign(self, assignments: tuple[Assignment, ...]) -> None:
+        """Become these stages: build their layers and their links to the neighbours."""
+        if self._stages is not None:
+            self._stages.close()
+            # Its memory is free before the new ones need it.
+            self._stages = None
+        peers, plan = assignments[0].peers, assignments[0].plan
 
         def carrier_to(stage: int) -> Carrier:
-            name = assignment.peers[stage]
-            node = assignment.plan.stages[stage].node
-            return RayCarrier(f"stage {stage} on {node}", ray.get_actor(name, namespace=NAMESPACE))
+            peer = f"stage {stage} on {plan.stages[stage].node}"
+            return RayCarrier(peer, ray.get_actor(peers[stage], namespace=NAMESPACE))
 
-        self._stage = Stage(assignment, carrier_to)
+        self._stages = NodeStages(assignments, carrier_to)
 
     def load(self, order: LoadOrder) -> None:
         """Take the weights that the order names."""
-        self._own_stage.load(order)
+        self._own_stages.load(order)
 
-    def step(self, order: StepOrder) -> StepReport:
-        """Commit the step before, run this one, report."""
-        return self._own_stage.step(order)
+    def step(self, order: StepOrder) -> tuple[StepReport, ...]:
+        """Commit the step before, run this one, report for each stage."""
+        return self._own_stages.step(order)
 
-    def evaluate(self, order: EvalOrder) -> EvalReport:
+    def evaluate(self, order: EvalOrder) -> tuple[EvalReport, ...]:
         """Run held-out microbatches forward."""
-        return self._own_stage.evaluate(order)
+        return self._own_stages.evaluate(order)
 
     @ray.method(concurrency_group="control")
     def abort(self, generation: int) -> None:
         """End every generation up to this one."""
-        self._own_stage.abort(generation)
+        self._own_stages.abort(generation)
 
     def flush(self, timeout_s: float) -> tuple[SaveReport, ...]:
         """Wait for checkpoints that are being written."""
-        return self._own_stage.flush(timeout_s)
+        return self._own_stages.flush(timeout_s)
 
     @ray.method(concurrency_group="inbox")
     def receive(self, chunk: bytes) -> Receipt:
         """Take one chunk of a frame from a peer."""
         # Read once: `assign` may put it away meanwhile.
-        stage = self._stage
-        if stage is None:
+        stages = self._stages
+        if stages is None:
             return Receipt(Verdict.BUSY, "this node has no stage yet")
-        return stage.receive(chunk)
+        return stages.receive(chunk)
 
     @property
-    def _own_stage(self) -> Stage:
-        stage = self._stage
-        if stage is None:
+    def _own_stages(self) -> NodeStages:
+        stages = self._stages
+        if stages is None:
             raise StageError(f"{self._node} has no stage yet")
-        return stage
+        return stages

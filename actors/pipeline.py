@@ -8,7 +8,7 @@ transfer overlaps with compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,36 +122,27 @@ def total_s(actions: Sequence[ActionTime], *names: str) -> float:
     return sum(action.end_s - action.start_s for action in actions if action.name in names)
 
 
-def run_step(
-    engine: StageEngine,
-    ports: Ports,
-    actions: Iterable[Action],
-    read: ReadMicrobatch,
-    moment: Moment,
-    timeline: Timeline,
+def run_action(
+    engine: StageEngine, ports: Ports, action: Action, read: ReadMicrobatch, moment: Moment, timeline: Timeline
 ) -> None:
-    """Run a training step's actions; afterwards the engine holds the step's gradients and loss.
-
-    `actions` may say what is next only when asked (`arriving_actions`).
-    """
-    for action in actions:
-        microbatch = action.microbatch
-        if action.op is Op.FORWARD:
-            hidden_BTD = _take(ports, ports.to_previous, Kind.ACTIVATION, microbatch, timeline, "wF")
-            with timeline.record("F", microbatch):
-                output_BTD = engine.forward(microbatch, hidden_BTD, read(moment.step, microbatch))
-            if ports.to_next and output_BTD is not None:
-                ports.to_next.send(output_BTD, Kind.ACTIVATION, moment, microbatch)
-        elif action.op is Op.WEIGHT_BACKWARD:
-            with timeline.record("W", microbatch):
-                engine.weight_backward(microbatch)
-        else:
-            grad_BTD = _take(ports, ports.to_next, Kind.GRADIENT, microbatch, timeline, "wB")
-            run = engine.backward if action.op is Op.BACKWARD else engine.input_backward
-            with timeline.record("B", microbatch):
-                input_grad_BTD = run(microbatch, grad_BTD)
-            if ports.to_previous and input_grad_BTD is not None:
-                ports.to_previous.send(input_grad_BTD, Kind.GRADIENT, moment, microbatch)
+    """Run one action of a training step; after the step's last the engine holds its gradients and loss."""
+    microbatch = action.microbatch
+    if action.op is Op.FORWARD:
+        hidden_BTD = _take(ports, ports.to_previous, Kind.ACTIVATION, microbatch, timeline, "wF")
+        with timeline.record("F", microbatch):
+            output_BTD = engine.forward(microbatch, hidden_BTD, read(moment.step, microbatch))
+        if ports.to_next and output_BTD is not None:
+            ports.to_next.send(output_BTD, Kind.ACTIVATION, moment, microbatch)
+    elif action.op is Op.WEIGHT_BACKWARD:
+        with timeline.record("W", microbatch):
+            engine.weight_backward(microbatch)
+    else:
+        grad_BTD = _take(ports, ports.to_next, Kind.GRADIENT, microbatch, timeline, "wB")
+        run = engine.backward if action.op is Op.BACKWARD else engine.input_backward
+        with timeline.record("B", microbatch):
+            input_grad_BTD = run(microbatch, grad_BTD)
+        if ports.to_previous and input_grad_BTD is not None:
+            ports.to_previous.send(input_grad_BTD, Kind.GRADIENT, moment, microbatch)
 
 
 def arriving_actions(dispatch: Dispatch, ports: Ports, timeline: Timeline) -> Iterator[Action]:
@@ -174,11 +165,11 @@ def arriving_actions(dispatch: Dispatch, ports: Ports, timeline: Timeline) -> It
 
 
 def run_evaluation(
-    engine: StageEngine, ports: Ports, num_microbatches: int, read: ReadMicrobatch, moment: Moment, timeline: Timeline
+    engine: StageEngine, ports: Ports, microbatches: range, read: ReadMicrobatch, moment: Moment, timeline: Timeline
 ) -> tuple[float, int]:
     """Run held-out microbatches forward; return the sum of losses and their number, zeros but on the last stage."""
     loss_sum, num_targets = 0.0, 0
-    for microbatch in range(num_microbatches):
+    for microbatch in microbatches:
         hidden_BTD = _take(ports, ports.to_previous, Kind.EVAL_ACTIVATION, microbatch, timeline, "wF")
         batch = read(0, microbatch)
         output = engine.evaluate(hidden_BTD, batch)

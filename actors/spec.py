@@ -34,8 +34,8 @@ class TensorRole(Enum):
     WEIGHT = "weight"
 
 
-# The first three have a fixed order, the others go by what arrives: see actors.schedule and actors.dispatch.
-ScheduleName = Literal["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split"]
+# Three of a fixed order, two that go by what arrives (actors.dispatch), one of several stages a node (interleaved).
+ScheduleName = Literal["gpipe", "1f1b", "zb-h1", "bdp", "bdp-split", "interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,7 @@ class StagePlan:
     memory_bytes: int
     memory_limit_bytes: int
     compute_s: float
-    # Further nodes with the same layers; the microbatches of a step that each takes, `node` first; how many of them
-    # the one that keeps most keeps in flight.
+    # Further nodes with the same layers; microbatches of a step that each takes; the most that one keeps in flight.
     others: tuple[str, ...] = ()
     shares: tuple[int, ...] = ()
     in_flight: int = 0
@@ -137,6 +136,11 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     # What would help most, in words, best first.
     advice: tuple[str, ...] = ()
+
+    @property
+    def num_nodes(self) -> int:
+        """After how many stages the first's node holds another; interleaved, fewer than there are stages."""
+        return next((s.stage for s in self.stages[1:] if s.node == self.stages[0].node), len(self.stages))
 
     @property
     def link_codecs(self) -> tuple[LinkCodecs, ...]:
@@ -262,9 +266,8 @@ class StepOrder:
     # None where there is nothing to commit: the first step after a start or a resume.
     commit: Commit | None
     save: SaveOrder | None = None
-    # Of each link, in order, from this step on; None: as before.
+    # Of each link from this step on, how its frames are cut, and what each stage keeps in flight; None: as before.
     codecs: tuple[LinkCodecs, ...] | None = None
-    # The same of how each link's frames are cut, and of how many microbatches each stage keeps in flight.
     link_sizes: tuple[LinkSizes, ...] | None = None
     in_flight: tuple[int, ...] | None = None
     # False: commit and save only; the run ends or pauses here.
@@ -289,9 +292,8 @@ COMPUTES, WAITS = ("F", "B", "W", "C"), ("wF", "wB")
 class ActionTime:
     """One thing that a stage did, in seconds from the step's start on that node."""
 
-    # "F", "B", "W": compute; "wF", "wB": waiting for the frame that F or B needs; "C": commit; "S": replicas exchange
-    # gradients, so far only simulated. B is the first half where backwards come in halves. On CUDA compute is timed on
-    # the device, which runs behind the host, so a wait may overlap with it.
+    # "F", "B" or its halves "B" and "W": compute; "wF", "wB": waiting for a frame; "C": commit; "S": replicas exchange
+    # gradients, so far only simulated. On CUDA compute is timed on the device: a wait may overlap with it.
     name: str
     microbatch: int
     start_s: float

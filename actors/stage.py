@@ -1,15 +1,14 @@
-"""A node's part in a run: one stage, from its assignment to its reports. No Ray: `actors.node` is the shell around it.
+"""One stage of a run on its node, from assignment to reports, in pieces that `actors.node_stages` puts together.
 
-    assign -> load -> step, step, ... (evaluate between) -> flush
+    load -> begin, act, act, ..., report -> begin ... (open_evaluation, evaluate between) -> flush
 
-Every order names its run, generation and step; the same order again gets the same report again.
+No Ray.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from actors.codecs import Codec, codec_for
 from actors.data import Microbatch, TokenSource
 from actors.dispatch import Dispatch
 from actors.engine import StageEngine
-from actors.errors import DataError, GenerationStale, OutOfDeviceMemory, StageError
+from actors.errors import DataError, GenerationStale, StageError
 from actors.frame_log import drain_times
 from actors.kernels.dispatch import prepare_kernels
 from actors.link import Carrier, Link, LinkSettings
@@ -34,8 +33,8 @@ from actors.pipeline import (
     Ports,
     Timeline,
     arriving_actions,
+    run_action,
     run_evaluation,
-    run_step,
     total_s,
 )
 from actors.resident import ResidentMemory
@@ -46,7 +45,6 @@ from actors.spec import (
     WAITS,
     Assignment,
     EvalOrder,
-    EvalReport,
     Kind,
     LinkCodecs,
     LoadOrder,
@@ -67,11 +65,13 @@ def pick_device() -> torch.device:
 class Stage:
     """One stage of one run on this node."""
 
-    def __init__(self, assignment: Assignment, carrier_to: Callable[[int], Carrier]) -> None:
-        """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage."""
+    def __init__(self, assignment: Assignment, carrier_to: Callable[[int], Carrier], resident: ResidentMemory) -> None:
+        """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage.
+
+        What the process holds is counted by `resident`, whatever stage it is for.
+        """
         self._assignment = assignment
         own = assignment.own
-        resident = ResidentMemory()
         model = DecoderStage(
             assignment.model,
             own.layer_start,
@@ -106,11 +106,13 @@ class Stage:
         # Compiled, where no run on this machine has done so, before the first frame waits for it.
         prepare_kernels(self._engine.device)
         self._saver = AsyncSaver()
-        # What was last asked and answered, so that the same order gets the same report.
-        self._last_step: tuple[StepOrder, StepReport] | None = None
-        self._last_evaluation: tuple[EvalOrder, EvalReport] | None = None
         # Saves that ended, each with the step whose report told of it first.
         self._told_saves: list[tuple[int, SaveReport]] = []
+
+    @property
+    def assignment(self) -> Assignment:
+        """What this stage was assigned."""
+        return self._assignment
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -119,7 +121,6 @@ class Stage:
 
     def load(self, order: LoadOrder) -> None:
         """Take the weights that the order names, and frames of its step from now on."""
-        self._require_current(order.run, order.generation)
         self._mailbox.open(order.generation, order.step)
         model, assignment = self._engine.model, self._assignment
         if order.checkpoint is not None:
@@ -132,20 +133,13 @@ class Stage:
         else:
             initialise(model, assignment.seed)
         self._engine.version = order.step
-        self._last_step = self._last_evaluation = None
 
-    def step(self, order: StepOrder) -> StepReport:
-        """Commit the step before, save if asked, run this step, report."""
-        self._require_current(order.run, order.generation)
-        if self._last_step is not None and self._last_step[0] == order:
-            return self._last_step[1]
-        with self._naming_out_of_memory(f"step {order.step}"):
-            report = self._step(order)
-        self._last_step = order, report
-        return report
+    def new_timeline(self) -> Timeline:
+        """Start the clock of a step or an evaluation; the device must be idle."""
+        return Timeline(time.monotonic, self._engine.device)
 
-    def _step(self, order: StepOrder) -> StepReport:
-        timeline = Timeline(time.monotonic, self._engine.device)
+    def begin(self, order: StepOrder, timeline: Timeline) -> None:
+        """Commit the step before, save if asked, and be ready for this step's frames and actions."""
         self._forget_heard_saves(order)
         self._tune(order)
         if order.commit is not None:
@@ -155,8 +149,26 @@ class Stage:
             units = snapshot(self._engine.params, self._engine.optimizer)
             self._saver.start(order.save, units, self._assignment.stage)
         if order.run_step:
-            self._run(order, timeline)
-        return self._report(order, timeline)
+            self._mailbox.open(order.generation, order.step, self._incoming(), self._windows())
+            targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
+            self._engine.begin(order.step, targets)
+
+    def actions(self, timeline: Timeline) -> Iterable[Action]:
+        """Return what this stage does in a step if it has its node for itself: in a fixed order, or as things arrive.
+
+        What is next may be known only when it is asked for.
+        """
+        assignment = self._assignment
+        schedule, num_microbatches = assignment.plan.schedule, assignment.batch.num_microbatches
+        if schedule in FIXED:
+            return stage_actions(schedule, assignment.stage, assignment.num_stages, num_microbatches)
+        dispatch = Dispatch(schedule, num_microbatches, self._in_flight(assignment.stage))
+        return arriving_actions(dispatch, self._ports, timeline)
+
+    def act(self, action: Action, order: StepOrder, timeline: Timeline) -> None:
+        """Run one action of the step that began."""
+        moment = Moment(generation=order.generation, step=order.step)
+        run_action(self._engine, self._ports, action, self._read_from(self._train), moment, timeline)
 
     def _tune(self, order: StepOrder) -> None:
         """Let links and depths be from now on as the order says; every stage does so at the same step."""
@@ -169,32 +181,15 @@ class Stage:
             to_next=self._tuned(self._ports.to_next, self._assignment.stage + 1),
         )
 
-    def evaluate(self, order: EvalOrder) -> EvalReport:
-        """Run the held-out microbatches forward and report their loss."""
-        self._require_current(order.run, order.generation)
-        if self._last_evaluation is not None and self._last_evaluation[0] == order:
-            return self._last_evaluation[1]
-        with self._naming_out_of_memory(f"the evaluation at step {order.step}"):
-            report = self._evaluate(order)
-        self._last_evaluation = order, report
-        return report
-
-    def _evaluate(self, order: EvalOrder) -> EvalReport:
-        moment = Moment(generation=order.generation, step=order.step)
+    def open_evaluation(self, order: EvalOrder) -> None:
+        """Take the frames of an evaluation."""
         self._mailbox.open(order.generation, order.step, self._incoming())
+
+    def evaluate(self, order: EvalOrder, microbatches: range, timeline: Timeline) -> tuple[float, int]:
+        """Run some held-out microbatches forward; return the sum of losses and their number, 0 but on the last."""
+        moment = Moment(generation=order.generation, step=order.step)
         read = self._read_from(self._held_out)
-        timeline = Timeline(time.monotonic, self._engine.device)
-        loss_sum, num_targets = run_evaluation(
-            self._engine, self._ports, order.num_microbatches, read, moment, timeline
-        )
-        return EvalReport(
-            run=order.run,
-            generation=order.generation,
-            step=order.step,
-            stage=self._assignment.stage,
-            loss_sum=loss_sum,
-            num_targets=num_targets,
-        )
+        return run_evaluation(self._engine, self._ports, microbatches, read, moment, timeline)
 
     def abort(self, generation: int) -> None:
         """End every generation up to this one; a step that waits for its frames fails at once."""
@@ -218,22 +213,6 @@ class Stage:
                 outlet.link.close()
         self._saver.close(self._assignment.timeouts.ack_s)
 
-    def _run(self, order: StepOrder, timeline: Timeline) -> None:
-        moment = Moment(generation=order.generation, step=order.step)
-        self._mailbox.open(order.generation, order.step, self._incoming(), self._windows())
-        targets = self._train.step_targets(order.step) if self._train and self._assignment.is_last else 1
-        self._engine.begin(order.step, targets)
-        run_step(self._engine, self._ports, self._actions(timeline), self._read_from(self._train), moment, timeline)
-
-    def _actions(self, timeline: Timeline) -> Iterable[Action]:
-        """Return what this stage does in a step: in a fixed order, or as things arrive."""
-        assignment = self._assignment
-        schedule, num_microbatches = assignment.plan.schedule, assignment.batch.num_microbatches
-        if schedule in FIXED:
-            return stage_actions(schedule, assignment.stage, assignment.num_stages, num_microbatches)
-        dispatch = Dispatch(schedule, num_microbatches, self._in_flight(assignment.stage))
-        return arriving_actions(dispatch, self._ports, timeline)
-
     def _in_flight(self, stage: int) -> int:
         """Return how many microbatches a stage keeps in flight at most."""
         assignment = self._assignment
@@ -247,16 +226,6 @@ class Stage:
         stage = self._assignment.stage
         windows = {Kind.EVAL_ACTIVATION: EVAL_WINDOW, Kind.GRADIENT: self._in_flight(stage)}
         return windows if self._assignment.is_first else {**windows, Kind.ACTIVATION: self._in_flight(stage - 1)}
-
-    @contextmanager
-    def _naming_out_of_memory(self, when: str) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(
-                f"stage {self._assignment.stage} on {self._assignment.own.node} ran out of device memory in {when}",
-                "set a smaller batch.microbatch_size, train.activation_checkpointing=true, or use more nodes",
-            ) from error
 
     def _saves_to_tell(self, step: int) -> tuple[SaveReport, ...]:
         self._told_saves += [(step, save) for save in self._saver.finished()]
@@ -273,7 +242,8 @@ class Stage:
             (step, save) for step, save in self._told_saves if step > heard and save.checkpoint != again
         ]
 
-    def _report(self, order: StepOrder, timeline: Timeline) -> StepReport:
+    def report(self, order: StepOrder, timeline: Timeline) -> StepReport:
+        """Return what this stage did and saw since the report before."""
         engine = self._engine
         outlets = (self._ports.to_previous, self._ports.to_next)
         actions = timeline.actions()
@@ -303,7 +273,8 @@ class Stage:
         frames, late = drain_times(self._mailbox.log, logs, (order.generation, order.step), timeline.start_s)
         return replace(report, frames=frames, late_frames=late)
 
-    def _require_current(self, run: str, generation: int) -> None:
+    def require_current(self, run: str, generation: int) -> None:
+        """Raise StageError or GenerationStale where an order is for another run, or for a placement that is over."""
         if run != self._assignment.run:
             raise StageError(f"an order of run {run} came to a node that works for run {self._assignment.run}")
         if generation < self._mailbox.generation:

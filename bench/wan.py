@@ -3,9 +3,9 @@
     python -m bench.wan [--only CASE ...] [--fresh]
 
 Each case has a lab of its own (root; elsewhere a skip with the reason), in which Isthmus, Isthmus with raw links and
-torch take turns on the same hosts, with the same model and microbatches, on shaped and on unshaped links. A case that
-is in the result file with the same settings is not run again. The bounds are shares of what the schedule allows when
-everything overlaps (bench.wan_limit), of the unshaped rate, and multiples of torch's.
+torch take turns on the same hosts, with the same model and microbatches; Isthmus on unshaped links too, and torch where
+its fall is shown. A case that is in the result file with the same settings is not run again. The bounds are shares of
+what the schedule allows when everything overlaps (bench.wan_limit), of the unshaped rate, and multiples of torch's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Turns:
         if case.has_torch:
             self._torch("shaped", number)
         if case.has_none:
-            self._isthmus("isthmus-none", "shaped", codec_words(NONE), number)
+            # Its steps are long: one is timed.
+            self._isthmus("isthmus-none", "shaped", codec_words(NONE), number, num_timed=1)
         if case.has_even:
             even = ",".join(map(str, even_split(case.num_layers, case.num_stages)))
             self._isthmus("isthmus-even", "shaped", [*codec_words(main), f"plan.split=[{even}]"], number)
@@ -71,7 +72,7 @@ class Turns:
             field.route(None)
             # As it would be planned for such links.
             self._isthmus("isthmus", "unshaped", ["plan.quality_budget=0.0005"], number)
-            if case.has_torch:
+            if case.has_torch_unshaped:
                 self._torch("unshaped", number)
 
     def quick(self) -> None:
@@ -101,11 +102,11 @@ class Turns:
         self._keep("isthmus", "shaped", figures)
         self._isthmus("planned", "shaped", BUDGET_WORDS, 0)
 
-    def _isthmus(self, system: str, how: str, words: Sequence[str], number: int) -> None:
+    def _isthmus(self, system: str, how: str, words: Sequence[str], number: int, num_timed: int = NUM_TIMED) -> None:
         if number and median_s(self.measured[system][how]) > LONG_S:
             return
         name = f"{system}-{how}-{number}"
-        run = self._field.run(name, words, num_steps=NUM_WARMUP + NUM_TIMED, timeout_s=TIMEOUT_S)
+        run = self._field.run(name, words, num_steps=NUM_WARMUP + num_timed, timeout_s=TIMEOUT_S)
         self._keep(system, how, run_figures(run, slice(NUM_WARMUP, None)))
         if system == "isthmus" and "of_certified" in self._case.bounds:
             self.measured["certified_s"] = certified_step_s(run)

@@ -41,6 +41,8 @@ class Case:
     cpus: tuple[float, ...] = EQUAL
     num_layers: int = MODEL.num_layers
     congestion_control: str = "cubic"
+    # Whether TCP starts slowly after a pause: Linux does unless told otherwise, as `isthmus doctor` advises.
+    idle_restart: bool = False
     # Hosts of one region are joined by `near` instead; by default each is one of its own.
     regions: tuple[int, ...] = (0, 1, 2, 3)
     near: Route = Route()
@@ -49,6 +51,8 @@ class Case:
     # Also run with every link raw, and over torch.
     has_none: bool = True
     has_torch: bool = True
+    # And torch on unshaped links besides.
+    has_torch_unshaped: bool = False
     # Also run with layers cut evenly.
     has_even: bool = False
     # The route that hosts get in the middle of a run.
@@ -80,10 +84,20 @@ CASES = (
         codecs=(Q8,),
         bounds={"of_limit": 0.97, "of_unshaped": 0.95},
     ),
+    # The same with TCP as Linux has it: what that costs.
+    Case(
+        name="20-25-idle-restart",
+        route=Route(rate_mbps=20, delay_ms=25),
+        codecs=(Q8,),
+        idle_restart=True,
+        has_none=False,
+        has_torch=False,
+    ),
     Case(
         name="4-25",
         route=Route(rate_mbps=THIN_MBPS, delay_ms=25),
         codecs=(HQ4, HQ4_Q8),
+        has_torch_unshaped=True,
         bounds={"of_limit": 0.95, "of_unshaped": 0.88, "of_torch": 4.0},
     ),
     Case(
@@ -115,6 +129,8 @@ CASES = (
         route=Route(rate_mbps=THIN_MBPS, delay_ms=25),
         codecs=(HQ4,),
         regions=(0, 0, 1, 1),
+        # The thin link is that of 4-25, which shows raw links.
+        has_none=False,
         # One of the links between stages is thin, no more.
         bounds={"of_limit": 0.95, "few_crossings": 1.0},
     ),

@@ -142,7 +142,15 @@ class Field:
 @contextmanager
 def open_field(case: Case, num_microbatches: int, folder: File) -> Iterator[Field]:
     """Start the hosts of a case and Ray on them; `folder` has the data and gets the runs."""
-    hosts = [Host(cpus=cpus, congestion_control=case.congestion_control, binds_all=False) for cpus in case.cpus]
+    hosts = [
+        Host(
+            cpus=cpus,
+            congestion_control=case.congestion_control,
+            idle_restart=case.idle_restart,
+            binds_all=False,
+        )
+        for cpus in case.cpus
+    ]
     regions = {host: {"region": f"region-{region}"} for host, region in enumerate(case.regions)}
     with (
         WanLab(hosts) as lab,

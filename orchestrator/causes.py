@@ -17,6 +17,8 @@ class Cause(Enum):
     BACKWARD = "backward"
     WEIGHTS = "weight gradients"
     COMMIT = "commit"
+    # Interleaved: its node runs another of its stages, or waits in one.
+    TURN = "node's other stages"
     BUBBLE = "fill and drain"
     SLOWER = "slower stage"
     IN_FLIGHT = "few in flight"

@@ -382,7 +382,7 @@ class _Run:
             config_sha256=self._config.sha256,
             wandb_id=self._wandb_id,
         )
-        return self._saving.order(self._state.step, draft, len(self._stages.nodes))
+        return self._saving.order(self._state.step, draft, len(self._stages.plan.stages))
 
     def _track(self, reports: tuple[StepReport, ...], outcome: StepOutcome, decision: CommitStep) -> None:
         self._progress, record = self._progress.after(
@@ -391,6 +391,7 @@ class _Run:
             decision,
             num_skipped=self._state.history.num_skipped,
             dollars_per_hour=self._stages.plan.dollars_per_hour,
+            num_nodes=self._stages.plan.num_nodes,
         )
         self.tracker.step(record)
 

@@ -141,7 +141,7 @@ class Observer:
         return {
             "Python": platform.python_version(),
             **{name: machine.installed(name) for name in machine.PINS},
-            "TCP": machine.congestion_control(),
+            "TCP": machine.congestion_control() + (", slow after idle" if machine.starts_slowly_after_idle() else ""),
             **{name: os.environ.get(name, "") for name in REQUIRED_SETTINGS},
         }
 

@@ -34,6 +34,7 @@ _USUAL_CORES = 4
 # Where Ray keeps its logs and sockets, and its object store.
 _TMP, _SHM = Path("/tmp"), Path("/dev/shm")  # noqa: S108
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_IDLE_RESTART = Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -149,16 +150,24 @@ def cores() -> tuple[Finding, ...]:
 
 
 def tcp() -> tuple[Finding, ...]:
-    """How does TCP answer loss?"""
-    found = congestion_control()
-    advice = "where links lose packets set it to bbr: sysctl -w net.ipv4.tcp_congestion_control=bbr"
-    remedy = "" if found in ("bbr", "unknown") else advice
-    return (Finding(name="TCP", passed=True, found=f"congestion control {found}", remedy=remedy),)
+    """How does TCP answer loss, and a pause?"""
+    found, advice = [f"congestion control {congestion_control()}"], list[str]()
+    if congestion_control() not in ("bbr", "unknown"):
+        advice.append("where links lose packets set it to bbr: sysctl -w net.ipv4.tcp_congestion_control=bbr")
+    if starts_slowly_after_idle():
+        found.append("starts slowly after every pause")
+        advice.append("on far links a frame then takes twice its time: sysctl -w net.ipv4.tcp_slow_start_after_idle=0")
+    return (Finding(name="TCP", passed=True, found=", ".join(found), remedy="\n".join(advice)),)
 
 
 def congestion_control() -> str:
     """Return the congestion control of this machine's TCP, such as "bbr"; "unknown" where the system does not say."""
     return _CONGESTION.read_text().strip() if _CONGESTION.exists() else "unknown"
+
+
+def starts_slowly_after_idle() -> bool:
+    """Return whether this machine's TCP forgets how fast a connection was when it pauses, as Linux does by default."""
+    return _IDLE_RESTART.exists() and _IDLE_RESTART.read_text().strip() != "0"
 
 
 def settings() -> tuple[Finding, ...]:

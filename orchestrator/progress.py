@@ -44,8 +44,9 @@ class Progress:
         *,
         num_skipped: int,
         dollars_per_hour: float,
+        num_nodes: int | None = None,
     ) -> tuple[Progress, StepRecord]:
-        """Return the totals with one more step, and the record of that step."""
+        """Return the totals with one more step, and the record of that step; `num_nodes` as for `stage_records`."""
         commit, step_s = decision.commit, self.recent_step_s[-1]
         after = replace(
             self,
@@ -68,7 +69,7 @@ class Progress:
             tokens_per_s=outcome.num_targets / step_s,
             eta_s=(self.num_steps - commit.step - 1) * statistics.median(self.recent_step_s),
             dollars=after.dollars,
-            stages=stage_records(reports, step_s),
+            stages=stage_records(reports, step_s, num_nodes),
             links=link_records(reports),
         )
         return after, record

@@ -96,7 +96,7 @@ def workload(config: RunConfig) -> Workload:
     return Workload(
         model=config.model,
         batch=config.batch,
-        schedule=config.plan.schedule or CHOSEN_SCHEDULES[0],
+        schedule=config.plan.searched.schedule or CHOSEN_SCHEDULES[0],
         activation_checkpointing=config.train.activation_checkpointing,
     )
 

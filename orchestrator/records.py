@@ -27,6 +27,8 @@ class StageRecord:
     actions: tuple[ActionTime, ...]
     # Where a stage has more nodes than one: which of them.
     node: str = ""
+    # Interleaved, stages of one seat share a node; None: each has its own.
+    seat: int | None = None
     # Of the peak, what training took: over what the idle process held.
     held_bytes: int = 0
     # The step on this node's own clock; None where it was not kept. The frames beside `actions`, where they are kept.
@@ -121,20 +123,30 @@ class EventRecord:
     text: str
 
 
-def stage_records(reports: Sequence[StepReport], step_s: float) -> tuple[StageRecord, ...]:
-    """Return one record a stage, in stage order; idle is what of `step_s` was not compute."""
+def stage_records(
+    reports: Sequence[StepReport], step_s: float, num_nodes: int | None = None
+) -> tuple[StageRecord, ...]:
+    """Return one record a stage, in stage order; idle is what of `step_s` its node did not compute.
+
+    With fewer nodes than stages each holds every so many-th.
+    """
+    num_nodes = num_nodes or len(reports)
+    compute_s: dict[int, float] = defaultdict(float)
+    for report in reports:
+        compute_s[report.stage % num_nodes] += report.compute_s
     return tuple(
         StageRecord(
             stage=report.stage,
             compute_s=report.compute_s,
             wait_s=report.wait_s,
-            idle_share=max(0.0, 1.0 - report.compute_s / step_s) if step_s > 0 else 0.0,
+            idle_share=max(0.0, 1.0 - compute_s[report.stage % num_nodes] / step_s) if step_s > 0 else 0.0,
             peak_memory_bytes=report.peak_memory_bytes,
             actions=report.actions,
             held_bytes=report.held_bytes,
             step_s=report.step_s,
             frames=report.frames,
             late_frames=report.late_frames,
+            seat=report.stage % num_nodes if num_nodes < len(reports) else None,
         )
         for report in sorted(reports, key=lambda report: report.stage)
     )

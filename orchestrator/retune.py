@@ -57,6 +57,9 @@ def judge_links(
 
     It pays where a codec, a depth, or the step as it is foreseen, by more than plan.noise, is another one.
     """
+    if plan.num_nodes < len(plan.stages):
+        # Interleaved: links of other stages share the way, and no reading can tell whose turn it was.
+        return watch, None
     watch, changes = on_readings(watch, step, readings, tuning.retune)
     if not changes:
         return watch, None

@@ -25,7 +25,7 @@ from orchestrator.fleetfile import load_fleet
 from orchestrator.pictures import churn_picture, timeline_picture
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import PlanConfig
-from orchestrator.planner.plan import make_plan
+from orchestrator.planner.plan import make_chain
 from orchestrator.planner.problem import Placement, Problem
 from orchestrator.planner.validate import require_sound
 from orchestrator.recipe import with_batch_of, workload
@@ -91,7 +91,12 @@ def open_scene(source: Path, words: Sequence[str]) -> Scene:
         plan = _decoded(Plan, content, source)
     else:
         fleet = load_fleet(source, workload(config), config.plan.batches(config.batch))
-        plan = make_plan(fleet, workload(config), config.wire, config.plan)
+        plan = make_chain(fleet, workload(config), config.wire, config.plan)
+    if plan.num_nodes < len(plan.stages):
+        raise PlanError(
+            f"{source} is of an interleaved plan; a simulated node holds one stage",
+            "isthmus plan shows what an interleaved step takes; to simulate, set another plan.schedule",
+        )
     config = with_batch_of(config, plan)
     work = replace(workload(config), schedule=plan.schedule)
     return Scene(plan=plan, fleet=fleet, config=config, work=work)
@@ -142,7 +147,7 @@ def play_run(scene: Scene, trace: Trace, rules: RunRules, out: Path) -> RunSimul
         del problem, before
         here = tuple(card for card, is_here in zip(scene.fleet.nodes, here_N, strict=True) if is_here)
         try:
-            plan = make_plan(scene.fleet.part(here), scene.work, config.wire, scene.replanning)
+            plan = make_chain(scene.fleet.part(here), scene.work, config.wire, scene.replanning)
         except PlanError:
             return None
         return placement_of(plan, scene.fleet)

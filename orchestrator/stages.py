@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from actors.spec import Assignment, EvalOrder, EvalReport, LoadOrder, Plan, SaveReport, StepOrder, StepReport
 from orchestrator.config import RunConfig
@@ -21,10 +22,11 @@ class Stages:
 
     @property
     def nodes(self) -> list[str]:
-        return [stage.node for stage in self.plan.stages]
+        """Every node that holds a stage, or several, in the order of its first."""
+        return list(dict.fromkeys(stage.node for stage in self.plan.stages))
 
     def assign(self, generation: int) -> None:
-        """Make each node its stage."""
+        """Make each node its stages."""
         config = self.config
         assignments = [
             Assignment(
@@ -32,7 +34,7 @@ class Stages:
                 generation=generation,
                 plan=self.plan,
                 stage=stage.stage,
-                peers=tuple(self.crew.actor_name(node) for node in self.nodes),
+                peers=tuple(self.crew.actor_name(other.node) for other in self.plan.stages),
                 model=config.model,
                 batch=config.batch,
                 optim=config.optim,
@@ -45,19 +47,20 @@ class Stages:
             )
             for stage in self.plan.stages
         ]
-        self.crew.call(self.nodes, "assign", assignments, config.timeouts.place_s)
+        orders = [tuple(own for own in assignments if own.own.node == node) for node in self.nodes]
+        self.crew.call(self.nodes, "assign", orders, config.timeouts.place_s)
 
     def load(self, order: LoadOrder) -> None:
         """Give each stage its weights."""
-        self._all("load", order, self.config.timeouts.transfer_s)
+        self._all_nodes("load", order, self.config.timeouts.transfer_s)
 
     def run(self, order: StepOrder) -> tuple[StepReport, ...]:
         """Commit the step before and run this one."""
-        return self._all("step", order, self.config.timeouts.step_s)
+        return self._all_stages("step", order)
 
     def evaluate(self, order: EvalOrder) -> tuple[EvalReport, ...]:
         """Run held-out microbatches forward."""
-        return self._all("evaluate", order, self.config.timeouts.step_s)
+        return self._all_stages("evaluate", order)
 
     def abort(self, generation: int) -> None:
         """End a generation on every node that still answers, without waiting."""
@@ -66,7 +69,13 @@ class Stages:
     def flush(self) -> tuple[SaveReport, ...]:
         """Wait for checkpoints that are being written; return their reports."""
         timeout_s = self.config.timeouts.transfer_s
-        return tuple(report for reports in self._all("flush", timeout_s, 2 * timeout_s) for report in reports)
+        saves = self._all_nodes("flush", timeout_s, 2 * timeout_s)
+        return tuple(save for of_node in saves for save in of_node)
 
-    def _all(self, method: str, order: object, timeout_s: float) -> tuple:
+    def _all_stages(self, method: str, order: object) -> tuple:
+        """Return what every node reports of each of its stages, in stage order."""
+        reports = self._all_nodes(method, order, self.config.timeouts.step_s)
+        return tuple(sorted(chain.from_iterable(reports), key=lambda report: report.stage))
+
+    def _all_nodes(self, method: str, order: object, timeout_s: float) -> tuple:
         return self.crew.call(self.nodes, method, [order] * len(self.nodes), timeout_s)

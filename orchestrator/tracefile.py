@@ -77,7 +77,8 @@ class _Trace:
         """Add one step after those before it."""
         starts = self._starts(step)
         for stage in step.stages:
-            self._nodes[stage.stage] = stage.node
+            on_seat = "" if stage.seat is None else f"on the node of stage {stage.seat}"
+            self._nodes[stage.stage] = stage.node or on_seat
             # These two are always there, and first.
             for track in (_COMPUTES, _WAITS):
                 self._line(stage.stage, track, 0)

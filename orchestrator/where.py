@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 
 from actors.spec import COMPUTES, WAITS, ActionTime
@@ -114,6 +115,7 @@ class _Piece:
 
     start_s: float
     end_s: float
+    stage: int
     action: ActionTime
 
 
@@ -128,10 +130,11 @@ class _Step:
         self._pieces = {
             stage.stage: _pieces(stage, starts[stage.stage], self._ends[stage.stage]) for stage in record.stages
         }
-        self._piece_starts = {stage: [piece.start_s for piece in pieces] for stage, pieces in self._pieces.items()}
+        # With what the stage's node does for other stages meanwhile.
+        self._on_node = {stage: _merged(self._pieces[other] for other in node) for stage, node in _nodes(record)}
         self._compute_s = {
             stage: sum(piece.end_s - piece.start_s for piece in pieces if piece.action.name in ("F", "B", "W"))
-            for stage, pieces in self._pieces.items()
+            for stage, pieces in self._on_node.items()
         }
         self._began_s, self._ended_s = min(starts.values()), max(self._ends.values())
         # What of the driver's step is on no stage's clock.
@@ -146,6 +149,8 @@ class _Step:
         for lo_s, hi_s, piece in self._between(stage, start_s, end_s):
             if piece is None:
                 yield Cause.OTHER, (stage,), hi_s - lo_s
+            elif piece.stage != stage:
+                yield Cause.TURN, (piece.stage,), hi_s - lo_s
             elif piece.action.name in _COMPUTES:
                 yield _COMPUTES[piece.action.name], (stage,), hi_s - lo_s
             else:
@@ -227,9 +232,9 @@ class _Step:
             if piece is None:
                 yield Cause.OTHER, (stage,), end_s - start_s
             elif piece.action.name in COMPUTES:
-                yield None, (stage,), end_s - start_s
+                yield None, (piece.stage,), end_s - start_s
             else:
-                yield from self._held(stage, piece, start_s, end_s, turns + 1)
+                yield from self._held(piece.stage, piece, start_s, end_s, turns + 1)
 
     def _held(
         self, stage: int, wait: _Piece, lo_s: float, hi_s: float, turns: int
@@ -260,17 +265,16 @@ class _Step:
         if way is not None and way.decoded_s <= self._starts[stage] + wait.action.end_s + _CLOCK_DIGITS_S:
             return named
         pieces = self._pieces[stage]
-        index = bisect_right(self._piece_starts[stage], wait.start_s)
-        for piece in pieces[index:]:
+        for piece in pieces[bisect_right(pieces, wait.start_s, key=_start_s) :]:
             if piece.action.name in ("F", "B"):
                 return _key(stage, piece.action.name == "B", piece.action.microbatch)
         return named
 
     def _between(self, stage: int, lo_s: float, hi_s: float) -> Iterator[tuple[float, float, _Piece | None]]:
-        """Yield what a stage does between two moments, without gap; None: nothing that is known."""
-        pieces = self._pieces[stage]
+        """Yield what a stage's node does between two moments, without gap; None: nothing that is known."""
+        pieces = self._on_node[stage]
         at_s = lo_s
-        for piece in pieces[max(0, bisect_right(self._piece_starts[stage], lo_s) - 1) :]:
+        for piece in pieces[max(0, bisect_right(pieces, lo_s, key=_start_s) - 1) :]:
             if piece.start_s >= hi_s:
                 break
             start_s, end_s = max(at_s, piece.start_s), min(hi_s, piece.end_s)
@@ -311,6 +315,21 @@ def _fullest(turns: Mapping[tuple[int, int], tuple[Stretch, ...]]) -> _FullLink 
     return fullest
 
 
+def _start_s(piece: _Piece) -> float:
+    return piece.start_s
+
+
+def _merged(pieces: Iterable[Sequence[_Piece]]) -> list[_Piece]:
+    return sorted(chain.from_iterable(pieces), key=_start_s)
+
+
+def _nodes(record: StepRecord) -> Iterator[tuple[int, list[int]]]:
+    """Yield each stage with all the stages of its node."""
+    for stage in record.stages:
+        shared = [other.stage for other in record.stages if other.seat == stage.seat is not None]
+        yield stage.stage, shared or [stage.stage]
+
+
 def _key(stage: int, is_gradient: bool, microbatch: int) -> FrameKey:
     return stage + (1 if is_gradient else -1), stage, is_gradient, microbatch
 
@@ -324,11 +343,11 @@ def _pieces(stage: StageRecord, start_s: float, end_s: float) -> list[_Piece]:
     for action in ordered:
         if action.name not in COMPUTES and action.name not in WAITS:
             continue
-        pieces += _take(free, action, start_s)
-    return sorted(pieces, key=lambda piece: piece.start_s)
+        pieces += _take(free, stage.stage, action, start_s)
+    return sorted(pieces, key=_start_s)
 
 
-def _take(free: list[tuple[float, float]], action: ActionTime, start_s: float) -> Iterator[_Piece]:
+def _take(free: list[tuple[float, float]], stage: int, action: ActionTime, start_s: float) -> Iterator[_Piece]:
     """Yield what of an action falls into time that is free, which it takes."""
     lo_s, hi_s = start_s + action.start_s, start_s + action.end_s
     index = max(0, bisect_right(free, (lo_s, math.inf)) - 1)
@@ -338,7 +357,7 @@ def _take(free: list[tuple[float, float]], action: ActionTime, start_s: float) -
         if piece_hi_s <= piece_lo_s:
             index += 1
             continue
-        yield _Piece(piece_lo_s, piece_hi_s, action)
+        yield _Piece(piece_lo_s, piece_hi_s, stage, action)
         left = [span for span in ((begun_s, piece_lo_s), (piece_hi_s, ended_s)) if span[1] > span[0]]
         free[index : index + 1] = left
         index += sum(1 for span in left if span[1] <= piece_lo_s)

@@ -55,7 +55,7 @@ def plan_of(option: Option, *, even_step_s: float | None) -> Plan:
     found = option.found
     binding = what_binds(problem, placement, found)
     stages = tuple(_stage(option, found, binding, stage) for stage in range(placement.num_stages))
-    links = tuple(_link(option, stage) for stage in range(placement.num_stages - 1))
+    links = tuple(link_plan(option, stage) for stage in range(placement.num_stages - 1))
     step_s = option.step_s
     tokens_per_s = work.batch.step_tokens / step_s
     dollars_per_hour = float(sum(problem.price_N[node] for node in placement.used))
@@ -119,7 +119,7 @@ def _why(option: Option, found: Evaluation, binding: Binding, stage: int) -> str
     return f"waits {max(0.0, 1 - busy_s / every_s):.0%} of the time"
 
 
-def _link(option: Option, stage: int) -> LinkPlan:
+def link_plan(option: Option, stage: int) -> LinkPlan:
     """Return the link from `stage` to the next: codecs from the option, chunks and window from its rate."""
     problem, work, wire = option.problem, option.work, option.wire
     sources, targets = option.placement.nodes[stage], option.placement.nodes[stage + 1]
@@ -164,7 +164,7 @@ def _binding_text(option: Option, binding: Binding, names: Sequence[str]) -> str
         return f"stage {stage} ({names[stage]})"
     cards = [option.fleet.nodes[node] for node in binding.nodes]
     if binding.kind == "link":
-        return f"link {stage} -> {stage + 1} ({_link(option, stage).rate_mbps:,.0f} Mbit/s)"
+        return f"link {stage} -> {stage + 1} ({link_plan(option, stage).rate_mbps:,.0f} Mbit/s)"
     if binding.kind == "uplink":
         return f"the uplink of {cards[0].node} ({cards[0].uplink_mbps:,g} Mbit/s), stage {stage}"
     if binding.kind == "downlink":

@@ -6,7 +6,7 @@ PURE.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from actors.errors import ConfigError, PlanError
@@ -18,6 +18,9 @@ from orchestrator.planner.objective import Limits, Objective
 # The schedules that a plan is chosen from: where they are foreseen to be equally fast, the first. bdp goes before 1f1b,
 # for with more in flight it stands a link's unrest, which no plan foresees; and it is as fast as GPipe with less.
 CHOSEN_SCHEDULES: tuple[ScheduleName, ...] = ("bdp", "1f1b", "bdp-split", "zb-h1")
+
+# Plans for described fleets that are nearer to each other than this are as good, and the plainest is taken.
+_TIE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,11 @@ class PlanConfig:
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None
-    # gpipe, 1f1b, zb-h1, bdp or bdp-split; None: the fastest, but these are not tried: gpipe; zb-h1 and bdp-split where
-    # nodes share cores; zb-h1 on more than 16 nodes.
+    # gpipe, 1f1b, zb-h1, bdp, bdp-split or interleaved; None: the fastest, but these are not tried: gpipe; zb-h1,
+    # bdp-split and interleaved where nodes share cores; zb-h1 and interleaved on more than 16 nodes.
     schedule: ScheduleName | None = None
+    # Of interleaved: how many stages each node holds, 2 or more; None: as many as serve best.
+    chunks: int | None = None
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None
     # By how much the held-out loss may rise for smaller codecs, as a share (0.01: one percent): the planner then picks
@@ -72,6 +77,7 @@ class PlanConfig:
             raise ConfigError(
                 f"plan.microbatch_sizes is {list(self.microbatch_sizes)}", "name sizes of 1 sequence or more"
             )
+        self._require_chunks()
         for key in ("min_tokens_per_s", "max_dollars_per_hour", "quality_budget"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
@@ -92,6 +98,33 @@ class PlanConfig:
         if self.evaluations is not None and self.evaluations < 1:
             raise ConfigError(f"plan.evaluations is {self.evaluations}", "set plan.evaluations to 1 or more")
         _require_no_cycle(self.after)
+
+    @property
+    def searched(self) -> PlanConfig:
+        """What placements are searched by: of interleaved, a chain of its nodes, which is cut into chunks later."""
+        if self.schedule != "interleaved":
+            return self
+        num_nodes = len(self.split) // self.chunks if self.split is not None and self.chunks else self.stages
+        return replace(self, schedule="1f1b", chunks=None, split=None, stages=num_nodes)
+
+    def _require_chunks(self) -> None:
+        if self.chunks is not None and (self.chunks < 2 or self.schedule != "interleaved"):
+            raise ConfigError(
+                f"plan.chunks is {self.chunks} and plan.schedule {self.schedule}",
+                "set plan.chunks to 2 or more with plan.schedule=interleaved, or leave it out",
+            )
+        if self.schedule != "interleaved":
+            return
+        if self.split is not None and (not self.chunks or len(self.split) % self.chunks):
+            raise ConfigError(
+                f"plan.split has {len(self.split)} stages, and plan.chunks is {self.chunks}",
+                "name the layers of each node's chunks in stage order: plan.chunks times as many as there are nodes",
+            )
+        if self.max_replicas > 1:
+            raise ConfigError(
+                f"plan.schedule=interleaved and plan.max_replicas={self.max_replicas} do not go together",
+                "leave out one of them",
+            )
 
     def batches(self, batch: BatchSpec) -> tuple[BatchSpec, ...]:
         """Return the ways to cut a step's sequences into microbatches that may be chosen from, batch's own first."""
@@ -120,6 +153,17 @@ def allowed_fleet(fleet: Fleet, config: PlanConfig) -> Fleet:
         if region not in there:
             raise PlanError(f"no node is in region {region} of plan.regions", f"the fleet has {', '.join(there)}")
     return fleet.part(tuple(node for node in fleet.nodes if node.region in config.regions))
+
+
+def noise_of(fleet: Fleet, config: PlanConfig) -> float:
+    """Return by which share a plan must be better than a plainer one: next to nothing where no probe made noise."""
+    return min(config.noise, _TIE) if all(node.estimated for node in fleet.nodes) else config.noise
+
+
+def cores_are_shared(fleet: Fleet) -> bool:
+    """Return whether nodes without a GPU stand on one host, as in a demo on a laptop."""
+    hosts = [node.host for node in fleet.nodes if node.boundary_bytes == 4]
+    return len(set(hosts)) < len(hosts)
 
 
 def limits_of(fleet: Fleet, config: PlanConfig, step_tokens: int) -> Limits:

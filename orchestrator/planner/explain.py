@@ -21,6 +21,7 @@ from orchestrator.planner.binding import what_binds
 from orchestrator.planner.bound import throughput_bound
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, limits_of
+from orchestrator.planner.interleave import with_chunks
 from orchestrator.planner.objective import Limits, score
 from orchestrator.planner.plan import best_option, codec_sets, even_option, find
 from orchestrator.planner.problem import Floats, Problem
@@ -36,16 +37,18 @@ _EVALUATIONS, _REGION_EVALUATIONS = 20_000, 60_000
 
 def explained_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
     """Return `make_plan`'s plan with its certified bound, plans to compare it with, and what would help most."""
-    option = best_option(fleet, work, wire, config)
+    searched = config.searched
+    option = best_option(fleet, work, wire, searched)
     even = even_option(option)
     plan = plan_of(option, even_step_s=None if even is None else even.step_s)
     alternatives = () if even is None else (_alternative("even split, same nodes", even),)
-    return replace(
+    plan = replace(
         plan,
-        bound_tokens_per_s=_bound_tokens_per_s(option, config),
-        alternatives=alternatives + tuple(_single_regions(option, fleet, work, wire, config)),
-        advice=tuple(_advice(option, config)),
+        bound_tokens_per_s=_bound_tokens_per_s(option, searched),
+        alternatives=alternatives + tuple(_single_regions(option, fleet, work, wire, searched)),
+        advice=tuple(_advice(option, searched)),
     )
+    return with_chunks(plan, option, config)
 
 
 def _bound_tokens_per_s(option: Option, config: PlanConfig) -> float:

@@ -5,7 +5,7 @@ PURE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.planner.assemble import Option
@@ -16,8 +16,11 @@ from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.problem import Problem
 
 
-def with_codecs(option: Option, config: PlanConfig) -> Option:
-    """Return the option with each link's codecs chosen within what the configuration allows; else as they are set."""
+def with_codecs(option: Option, config: PlanConfig, foreseen_s: Callable[[Problem], float] | None = None) -> Option:
+    """Return the option with each link's codecs chosen within what the configuration allows; else as they are set.
+
+    `foreseen_s` says how long a step of the option takes under other codecs; by default the closed form does.
+    """
     placement = option.placement
     num_links = placement.num_stages - 1
 
@@ -26,7 +29,8 @@ def with_codecs(option: Option, config: PlanConfig) -> Option:
         return make_problem(option.fleet, option.work, option.wire, codecs=pairs or (LADDER[0].pair,))
 
     def step_s(pairs: Sequence[CodecPair]) -> float:
-        return evaluate(with_pairs(pairs), placement).step_s
+        problem = with_pairs(pairs)
+        return evaluate(problem, placement).step_s if foreseen_s is None else foreseen_s(problem)
 
     if config.quality_budget is not None:
         pairs = choose_codecs(num_links, config.quality_budget, step_s)

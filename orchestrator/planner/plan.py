@@ -17,9 +17,17 @@ from actors.settings import WireConfig
 from actors.spec import Plan, ScheduleName
 from orchestrator.planner.assemble import Option, plan_of
 from orchestrator.planner.build import Workload, make_problem
-from orchestrator.planner.choices import CHOSEN_SCHEDULES, PlanConfig, allowed_fleet, limits_of
+from orchestrator.planner.choices import (
+    CHOSEN_SCHEDULES,
+    PlanConfig,
+    allowed_fleet,
+    cores_are_shared,
+    limits_of,
+    noise_of,
+)
 from orchestrator.planner.codecs import LADDER, CodecPair
 from orchestrator.planner.evaluate import evaluate
+from orchestrator.planner.interleave import with_chunks
 from orchestrator.planner.kept import kept_placement
 from orchestrator.planner.large import default_large_evaluations, plan_large
 from orchestrator.planner.link_codecs import with_codecs
@@ -42,8 +50,6 @@ _LOOKS_A_CHANGE, _MIN_CHANGES = 20, 500
 # ZB-H1 is asked about for so many nodes at most: among more, delays want as much in flight as links need, and each
 # schedule that is searched takes its time.
 _MOST_NODES_ZB_H1 = 16
-# Plans for described fleets that are nearer to each other than this are as good, and the plainest is taken.
-_TIE = 1e-3
 
 
 def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, before: Plan | None = None) -> Plan:
@@ -52,7 +58,16 @@ def make_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig
     Raises PlanError: where the model fits nowhere, with the stage, the shortage and the smallest change that would fit;
     where the limits leave nothing, with the limit.
     """
-    option = best_option(fleet, work, wire, config, before)
+    option = best_option(fleet, work, wire, config.searched, before)
+    return with_chunks(_plan_of(option), option, config, before)
+
+
+def make_chain(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Plan:
+    """Return the best plan of those whose nodes hold one stage each; PlanError as `make_plan`."""
+    return _plan_of(best_option(fleet, work, wire, config.searched))
+
+
+def _plan_of(option: Option) -> Plan:
     even = even_option(option)
     return plan_of(option, even_step_s=None if even is None else even.step_s)
 
@@ -72,7 +87,7 @@ def best_option(
     if config.split is None:
         scored += [(_score(option, limits), option) for option in _polished(scored, limits)]
     best = min(own for own, _ in scored)
-    noise = min(config.noise, _TIE) if all(node.estimated for node in fleet.nodes) else config.noise
+    noise = noise_of(fleet, config)
     # What was run before comes first, then the plainest.
     return next(option for own, option in scored if own * (1 - noise) <= best)
 
@@ -167,7 +182,7 @@ class _Way:
 
 def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Iterator[_Way]:
     schedules: Sequence[ScheduleName] = CHOSEN_SCHEDULES if config.schedule is None else (config.schedule,)
-    if config.schedule is None and (work.activation_checkpointing or _cores_are_shared(fleet)):
+    if config.schedule is None and (work.activation_checkpointing or cores_are_shared(fleet)):
         # A half put off holds all that its blocks computed again, which memory is not counted for; and where cores are
         # shared, what waits leave of them is the other nodes'.
         schedules = [schedule for schedule in schedules if schedule not in SPLIT]
@@ -177,12 +192,6 @@ def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) ->
         this = replace(work, batch=batch, schedule=schedule)
         problem = make_problem(fleet, this, wire, codecs=codecs)
         yield _Way(fleet=fleet, work=this, wire=wire, problem=problem, codecs=codecs)
-
-
-def _cores_are_shared(fleet: Fleet) -> bool:
-    """Return whether nodes without a GPU stand on one host, as in a demo on a laptop."""
-    hosts = [node.host for node in fleet.nodes if node.boundary_bytes == 4]
-    return len(set(hosts)) < len(hosts)
 
 
 def codec_sets(config: PlanConfig) -> tuple[tuple[CodecPair, ...] | None, ...]:

@@ -33,7 +33,7 @@ def played_step_s(problem: Problem, placement: Placement, found: Evaluation) -> 
     num_stages, num_microbatches = placement.num_stages, problem.num_microbatches
     if any(len(nodes) > 1 for nodes in placement.nodes) or 2 * num_stages * num_microbatches > _MOST_ACTIONS:
         return found.step_s
-    times = _times(problem, placement)
+    times = pipeline_times(problem, placement)
     orders: tuple[tuple[Action, ...], ...]
     if problem.schedule == "gpipe" or problem.schedule == "1f1b" or problem.schedule == "zb-h1":
         orders = tuple(
@@ -41,6 +41,7 @@ def played_step_s(problem: Problem, placement: Placement, found: Evaluation) -> 
         )
         played_s = play(orders, times).step_s
     else:
+        assert problem.schedule != "interleaved", "searched by its chain"
         # What is put off counts as in flight, as memory is counted and stages have it.
         in_flight_S = tuple(in_flight for (in_flight,) in found.in_flight_SR)
         limits = Windows(in_flight_S=in_flight_S, held_S=in_flight_S)
@@ -93,7 +94,8 @@ def _neighbours(placement: Placement) -> Iterator[Placement]:
             yield Placement(bounds=placement.bounds, nodes=tuple(swapped))
 
 
-def _times(problem: Problem, placement: Placement) -> PipelineTimes:
+def pipeline_times(problem: Problem, placement: Placement) -> PipelineTimes:
+    """Return what stages and the links between them take for a microbatch, each stage by its first node."""
     nodes = [stage[0] for stage in placement.nodes]
     spans = [placement.bounds[stage : stage + 2] for stage in range(len(nodes))]
     weights_s = [

@@ -1,4 +1,4 @@
-"""A pipeline in one process: real stages, links and mailboxes, each stage on its own thread, no Ray.
+"""A pipeline in one process: real stages, links and mailboxes, each node on its own thread, no Ray.
 
 Frames go straight from a link to the neighbour's mailbox. What a cluster test shows with processes, this shows in a
 fraction of a second, for every split and schedule.
@@ -17,6 +17,7 @@ from actors.fleet_spec import Fleet as FleetCards
 from actors.fleet_spec import NodeCard
 from actors.link import Carrier
 from actors.mailbox import Receipt
+from actors.node_stages import NodeStages
 from actors.spec import (
     Assignment,
     CanaryReading,
@@ -43,10 +44,11 @@ from tests.part_times import part_times
 
 @dataclass
 class DirectCarrier:
-    """Hands a chunk to the neighbour's stage in the sender's own thread."""
+    """Hands a chunk to the neighbour's node in the sender's own thread."""
 
     peer: str
-    stages: list[Stage]
+    # The node of each stage.
+    stages: list[NodeStages]
     target: int
 
     def push(self, chunk: bytes) -> Future[Receipt]:
@@ -83,21 +85,22 @@ class Pipeline:
         self._config = config
         self._pool = pool
         work = Workload(model=config.model, batch=config.batch, schedule="1f1b", activation_checkpointing=False)
-        plan_config = type(config.plan)(split=tuple(split), schedule=config.plan.schedule)
-        plan = make_plan(equal_nodes(len(split)), work, config.wire, plan_config)
+        chunks = config.plan.chunks
+        plan_config = type(config.plan)(split=tuple(split), schedule=config.plan.schedule, chunks=chunks)
+        self.plan = make_plan(equal_nodes(len(split) // (chunks or 1)), work, config.wire, plan_config)
         data_sha256 = DataManifest.load(config.data.path).sha256
-        self.stages: list[Stage] = []
+        by_stage: list[NodeStages] = []
 
         def carrier_to(stage: int) -> Carrier:
-            return DirectCarrier(f"stage {stage}", self.stages, stage)
+            return DirectCarrier(f"stage {stage}", by_stage, stage)
 
-        for stage in range(len(split)):
-            assignment = Assignment(
+        def assignment(stage: int) -> Assignment:
+            return Assignment(
                 run=config.name,
                 generation=0,
-                plan=plan,
+                plan=self.plan,
                 stage=stage,
-                peers=tuple(card.node for card in plan.stages),
+                peers=tuple(card.node for card in self.plan.stages),
                 model=config.model,
                 batch=config.batch,
                 optim=config.optim,
@@ -108,7 +111,13 @@ class Pipeline:
                 activation_checkpointing=config.train.activation_checkpointing,
                 canary_every=config.wire.canary_every,
             )
-            self.stages.append(Stage(assignment, carrier_to))
+
+        num_nodes = self.plan.num_nodes
+        self.nodes = [
+            NodeStages([assignment(stage) for stage in range(first, len(split), num_nodes)], carrier_to)
+            for first in range(num_nodes)
+        ]
+        by_stage += self.nodes * (len(split) // num_nodes)
         self.state = RunState(step=0, generation=1)
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
@@ -154,12 +163,18 @@ class Pipeline:
         )
         return self._all("evaluate", order)
 
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages, in order."""
+        stages = {number: stage for node in self.nodes for number, stage in node._stages.items()}
+        return [stages[number] for number in sorted(stages)]
+
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for stage in self.stages for name, p in stage.parameters.items()}
+        return {name: p.detach() for node in self.nodes for name, p in node.parameters.items()}
 
     def close(self) -> None:
-        for stage in self.stages:
-            stage.close()
+        for node in self.nodes:
+            node.close()
 
     def _order(self, *, run_step: bool) -> StepOrder:
         return StepOrder(
@@ -174,8 +189,10 @@ class Pipeline:
         )
 
     def _all(self, method: str, order: object) -> list:
-        calls = [self._pool.submit(getattr(stage, method), order) for stage in self.stages]
-        return [call.result(timeout=60) for call in calls]
+        """Return what each stage reports, in stage order."""
+        calls = [self._pool.submit(getattr(node, method), order) for node in self.nodes]
+        reports = [report for call in calls for report in call.result(timeout=60) or ()]
+        return sorted(reports, key=lambda report: report.stage)
 
 
 @contextmanager

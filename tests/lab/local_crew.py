@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from actors.errors import PeerTimeout
 from actors.fleet_spec import Fleet, ProbeOrder
 from actors.link import Carrier
-from actors.spec import Assignment, StepOrder
-from actors.stage import Stage
+from actors.node_stages import NodeStages
+from actors.spec import StepOrder
 from tests.lab.throttle import Throttle
 
 
@@ -30,7 +30,7 @@ class LocalCrew:
     on_step: Callable[[LocalCrew, int], None] = lambda crew, step: None
     orders: list[StepOrder] = field(default_factory=list[StepOrder])
     throttles: list[Throttle] = field(default_factory=list[Throttle])
-    stages: dict[str, Stage] = field(default_factory=dict[str, Stage])
+    stages: dict[str, NodeStages] = field(default_factory=dict[str, NodeStages])
     pools: dict[str, ThreadPoolExecutor] = field(default_factory=dict[str, ThreadPoolExecutor])
 
     @property
@@ -79,18 +79,19 @@ class LocalCrew:
     def _do(self, node: str, method: str, order: object) -> object:
         if method == "require_store":
             return None
-        if not isinstance(order, Assignment):
+        if not isinstance(order, tuple):
             return getattr(self.stages[node], method)(order)
+        peers = order[0].peers
 
         def carrier_to(stage: int) -> Carrier:
-            peer = order.peers[stage]
+            peer = peers[stage]
             throttle = Throttle(
                 peer, lambda chunk: self.stages[peer].receive(chunk), rate_mbps=self.rate_mbps, delay_s=self.delay_s
             )
             self.throttles.append(throttle)
             return throttle
 
-        self.stages[node] = Stage(order, carrier_to)
+        self.stages[node] = NodeStages(order, carrier_to)
         return None
 
 

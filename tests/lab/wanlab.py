@@ -60,13 +60,15 @@ class Host:
     """A host: its link to the network (0: unlimited), its cores (0: all), its TCP congestion control.
 
     `cpus` is a share of this machine's cores, 0.25 for a quarter of one; it binds all that runs on the host, or
-    without `binds_all` only what `WanLab.bind` names. An empty `congestion_control` keeps the kernel's default.
+    without `binds_all` only what `WanLab.bind` names. An empty `congestion_control` keeps the kernel's default. With
+    `idle_restart`, as Linux has it, a connection that pauses starts slowly again (tcp_slow_start_after_idle).
     """
 
     uplink_mbps: float = 0.0
     downlink_mbps: float = 0.0
     cpus: float = 0.0
     congestion_control: str = ""
+    idle_restart: bool = True
     binds_all: bool = True
 
 
@@ -262,9 +264,12 @@ class WanLab:
                     f"host {host} cannot have TCP congestion control {name}",
                     f"choose one of {', '.join(congestion_controls())}",
                 )
-            choose = ["sh", "-c", f'echo "$0" > {SYSCTLS / "tcp_congestion_control"}', name]
             with _allowed(name):
-                self.run(host, choose, timeout_s=TIMEOUT_S, check=True)
+                self._set(host, "tcp_congestion_control", name)
+        self._set(host, "tcp_slow_start_after_idle", str(int(self.hosts[host].idle_restart)))
+
+    def _set(self, host: int, sysctl: str, value: str) -> None:
+        self.run(host, ["sh", "-c", f'echo "$0" > {SYSCTLS / sysctl}', value], timeout_s=TIMEOUT_S, check=True)
 
     def _shape(self) -> None:
         lines: list[str] = []

@@ -112,6 +112,19 @@ def test_the_congestion_control_is_told_and_bbr_advised(
     assert ("bbr" in finding.remedy) is advised
 
 
+@pytest.mark.parametrize(("content", "advised"), [("1\n", True), ("0\n", False), (None, False)])
+def test_a_tcp_that_starts_slowly_after_every_pause_is_told(
+    content: str | None, advised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "idle").write_text(content)
+    monkeypatch.setattr(machine, "_IDLE_RESTART", tmp_path / "idle")
+    finding = only(machine.tcp())
+    assert finding.passed
+    assert ("slowly" in finding.found) is advised
+    assert ("tcp_slow_start_after_idle=0" in finding.remedy) is advised
+
+
 def test_the_settings_come_as_lines_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RAY_SETTINGS:
         monkeypatch.delenv(name, raising=False)

@@ -31,7 +31,7 @@ def test_a_thin_link_binds_and_a_delay_starves_1f1b_but_not_gpipe() -> None:
     assert evaluate(replace(far, schedule="gpipe"), CHAIN).step_s == pytest.approx(32 + 7 * 6 + 20)
     # As many in flight as the delay asks for, where memory allows it.
     free = evaluate(replace(far, schedule="bdp"), CHAIN)
-    assert free.in_flight_SR == ((7,), (2,))
+    assert free.in_flight_SR == ((8,), (2,))
     assert free.rate == pytest.approx(1 / 6)
     short = replace(far, schedule="bdp", memory_bytes_N=np.array([4 + 3 * 3.0, 100.0]))
     assert evaluate(short, CHAIN).in_flight_SR == ((3,), (2,))

@@ -38,24 +38,27 @@ def eval_order(config: RunConfig, num_microbatches: int = 2) -> EvalOrder:
 
 
 def test_the_same_order_gets_the_same_report(config: RunConfig, pipeline: Pipeline) -> None:
-    (stage,) = pipeline.stages
-    assert stage.step(step_order(config, 0)) is stage.step(step_order(config, 0))
-    assert stage.evaluate(eval_order(config)) is stage.evaluate(eval_order(config))
-    assert stage.evaluate(eval_order(config, 1)).num_targets < stage.evaluate(eval_order(config)).num_targets
+    (node,) = pipeline.nodes
+    assert node.step(step_order(config, 0)) is node.step(step_order(config, 0))
+    assert node.evaluate(eval_order(config)) is node.evaluate(eval_order(config))
+    (few,), (many,) = node.evaluate(eval_order(config, 1)), node.evaluate(eval_order(config))
+    assert few.num_targets < many.num_targets
 
 
 def test_a_save_is_told_until_the_commit_of_the_step_that_told_of_it(
     config: RunConfig, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    (stage,) = pipeline.stages
+    (node,) = pipeline.nodes
     save = SaveOrder(store_url=str(tmp_path), checkpoint="step-0", codec="none")
-    stage.step(step_order(config, 0, save=save))
-    (told,) = stage.flush(20)
+    node.step(step_order(config, 0, save=save))
+    (told,) = node.flush(20)
     assert (told.checkpoint, told.error) == ("step-0", "")
     # Another stage fails: the controller hears nothing, and orders the step again.
     for generation in (2, 3):
-        assert stage.step(step_order(config, 0, generation=generation)).saves == (told,)
-    assert stage.step(step_order(config, 1, generation=3)).saves == ()
+        (report,) = node.step(step_order(config, 0, generation=generation))
+        assert report.saves == (told,)
+    (report,) = node.step(step_order(config, 1, generation=3))
+    assert report.saves == ()
 
 
 def test_out_of_memory_is_named_wherever_it_happens(
@@ -64,15 +67,15 @@ def test_out_of_memory_is_named_wherever_it_happens(
     def no_memory(*args: object) -> None:
         raise torch.OutOfMemoryError
 
-    (stage,) = pipeline.stages
-    stage.step(step_order(config, 0))
+    (node,) = pipeline.nodes
+    node.step(step_order(config, 0))
     with monkeypatch.context() as patch:
         patch.setattr("actors.engine.StageEngine.evaluate", no_memory)
         with pytest.raises(OutOfDeviceMemory, match="in the evaluation at step 0: set a smaller"):
-            stage.evaluate(eval_order(config))
+            node.evaluate(eval_order(config))
     monkeypatch.setattr("actors.engine.StageEngine.commit", no_memory)
     with pytest.raises(OutOfDeviceMemory, match=r"stage 0 on .* in step 1: set a smaller"):
-        stage.step(step_order(config, 1))
+        node.step(step_order(config, 1))
 
 
 def test_an_evaluation_longer_than_its_windows_ends(config: RunConfig) -> None:
@@ -83,10 +86,10 @@ def test_an_evaluation_longer_than_its_windows_ends(config: RunConfig) -> None:
 
 
 def test_orders_before_the_newest_are_stale(config: RunConfig, pipeline: Pipeline) -> None:
-    (stage,) = pipeline.stages
-    stage.load(LoadOrder(run=config.name, generation=5, step=0))
+    (node,) = pipeline.nodes
+    node.load(LoadOrder(run=config.name, generation=5, step=0))
     with pytest.raises(GenerationStale):
-        stage.step(step_order(config, 0, generation=4))
+        node.step(step_order(config, 0, generation=4))
 
 
 def test_other_data_than_the_drivers_are_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
