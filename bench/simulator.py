@@ -2,20 +2,18 @@
 
     python -m bench.simulator [--quick] [--check]
 
-Each case is a short real training over shaped links between hosts with a share of a core each (tests/lab, run by
-itself: needs root, namespaces and TUN). The run probes, plans and trains; then its plan is simulated twice: from what
-its own probe measured, and from how long its own forwards and backwards took, which leaves out what the probe got
-wrong. Two cases only serve to fit the costs of frames, and are not judged. Real step time is the
-median of the steps after the second; memory is each process's resident peak over what it held before its stage was
-built (CPU tensors have no counter of their own).
+Groups of hosts with shares of a core each (tests/lab; root, elsewhere a skip with the reason) train over shaped links,
+as bench.wan does: shares bind compute alone. A run probes, plans and trains; then its plan is simulated twice: from
+what its own probe measured, and from how long its own forwards and backwards took, which leaves out what the probe got
+wrong. Two runs only serve to fit costs, and are not judged. The real step time is the median of the steps after the
+first; memory is each process's resident peak over what it held before its stage was built (CPU tensors have no counter
+of their own). At the end the planner's own choice is held against other cuts and orders on the same hosts.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,133 +23,84 @@ from typing import Any
 
 import numpy as np
 
-from actors.fleet_spec import Fleet
-from actors.spec import Plan
 from bench.random_tokens import write_random_tokens
 from bench.record import parse_arguments, save
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.events import decode, read_history
+from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, Trial, rivals
+from bench.wan_cases import MODEL
+from bench.wan_field import Field, Run, open_field
 from orchestrator.planner.build import Workload, make_problem
 from orchestrator.planner.problem import Problem
 from orchestrator.records import StepRecord
-from orchestrator.runfolder import RunFolder
 from orchestrator.simulator.overheads import MEASURED_ON_CPU, Overheads
 from orchestrator.simulator.step import StepSimulation, placement_of, simulate_step
+from tests.lab.wanlab import missing, missing_for_cpus
 
-# Of the cases that are judged: the median error of step time as replayed; memory foreseen over memory taken, at least.
-BOUNDS = {"replayed_median_error": 0.05, "least_memory_ratio": 0.95}
-VOCAB_SIZE, STEPS, WARMUP_STEPS = 2048, 12, 2
-# What a run may take, the start of Ray on shares of a core included.
-CASE_TIMEOUT_S = 560.0
+# Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
+# the chosen plan's step over that of the best rival.
+BOUNDS = {"median_error": 0.05, "p90_error": 0.10, "least_memory": 1.0, "most_memory": 1.10, "of_best": 1.03}
+NUM_MICROBATCHES, STEPS, WARMUP_STEPS = 8, 4, 1
+RUN_TIMEOUT_S = 900.0
 # Of one frame at both its ends, on a whole core: what is tried when fitting.
 FRAME_S = (0.0, 0.0006, 0.0012, 0.0024, 0.0036)
 FRAME_BYTE_S = (0.0, 6e-9, 1.2e-8, 1.8e-8, 2.4e-8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One real run: equal hosts, equal paths, a chain of as many stages."""
-
-    name: str
-    hosts: int
-    cpus: float
-    rate_mbps: float
-    delay_ms: float
-    schedule: str
-    codec: str
-    calibrates: bool = False
-
-
-CASES = (
-    Case(name="fit-none", hosts=2, cpus=0.6, rate_mbps=200, delay_ms=5, schedule="1f1b", codec="none", calibrates=True),
-    Case(name="fit-q8", hosts=2, cpus=0.6, rate_mbps=200, delay_ms=5, schedule="gpipe", codec="q8", calibrates=True),
-    Case(name="2-near-q8", hosts=2, cpus=0.6, rate_mbps=50, delay_ms=20, schedule="1f1b", codec="q8"),
-    Case(name="3-far-q8-gpipe", hosts=3, cpus=0.5, rate_mbps=20, delay_ms=50, schedule="gpipe", codec="q8"),
-    Case(name="2-thin-none", hosts=2, cpus=0.6, rate_mbps=20, delay_ms=50, schedule="1f1b", codec="none"),
-    Case(name="3-near-none", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=20, schedule="1f1b", codec="none"),
-    Case(name="3-far-none-gpipe", hosts=3, cpus=0.5, rate_mbps=20, delay_ms=50, schedule="gpipe", codec="none"),
-    Case(name="3-farther-q8", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="1f1b", codec="q8"),
-    Case(name="3-farther-q8-bdp", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="bdp", codec="q8"),
-    Case(name="3-farther-q8-split", hosts=3, cpus=0.5, rate_mbps=50, delay_ms=100, schedule="bdp-split", codec="q8"),
-)
-QUICK = ("2-near-q8", "3-far-q8-gpipe")
+# Hosts of the lab keep TCP's window through pauses, as `isthmus doctor` advises.
+LAB = replace(MEASURED_ON_CPU, initial_window_bytes=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """What a run left."""
+    """What a run left, and on which hosts."""
 
-    case: Case
-    plan: Plan
-    fleet: Fleet
-    config: RunConfig
-    steps: tuple[StepRecord, ...]
+    group: Group
+    trial: Trial
+    run: Run
 
     @property
     def codecs(self) -> list[tuple[str, str]]:
-        return [(link.forward_codec, link.backward_codec) for link in self.plan.links]
+        return [(link.forward_codec, link.backward_codec) for link in self.run.plan.links]
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        return list(self.run.history.steps[WARMUP_STEPS:])
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(step.step_s for step in self.steps)
 
     @property
     def driver(self) -> int:
-        """Beside which node the driver ran: the lab names the hosts by region."""
-        return [card.region for card in self.fleet.nodes].index("host-0")
+        """Beside which node the driver ran: regions name the hosts."""
+        return [card.region for card in self.run.fleet.nodes].index("region-0")
 
     @property
     def problem(self) -> Problem:
+        config = self.run.config
         work = Workload(
-            model=self.config.model,
-            batch=self.config.batch,
-            schedule=self.plan.schedule,
-            activation_checkpointing=self.config.train.activation_checkpointing,
+            model=config.model,
+            batch=config.batch,
+            schedule=self.run.plan.schedule,
+            activation_checkpointing=config.train.activation_checkpointing,
         )
-        return make_problem(self.fleet, work, self.config.wire, codecs=self.codecs)
+        return make_problem(self.run.fleet, work, config.wire, codecs=self.codecs)
 
     def simulated(self, problem: Problem, overheads: Overheads) -> StepSimulation:
-        placement = placement_of(self.plan, self.fleet)
+        slowness = statistics.mean(1 / share for share in self.group.cpus)
         return simulate_step(
-            problem, placement, self.config.wire, overheads=overheads, codecs=self.codecs, driver=self.driver
+            problem,
+            placement_of(self.run.plan, self.run.fleet),
+            self.run.config.wire,
+            overheads=overheads.scaled(slowness),
+            codecs=self.codecs,
+            in_flight_S=self.run.plan.in_flight,
+            driver=self.driver,
         )
 
 
-def train_really(case: Case, folder: Path) -> Real:
-    """Run a case on a lab of its own, and read what it left."""
-    words = [
-        f"name={case.name}",
-        f"runs_dir={folder / 'runs'}",
-        f"data.path={folder / 'data'}",
-        "data.document_mask=false",
-        f"model.vocab_size={VOCAB_SIZE}",
-        *("model.hidden_size=384", "model.num_layers=6", "model.ffn_size=1024"),
-        *("model.num_heads=6", "model.num_kv_heads=6"),
-        *("batch.seq_len=128", "batch.microbatch_size=2", "batch.num_microbatches=8"),
-        *(f"train.steps={STEPS}", "train.eval_every=0", "train.eval_microbatches=1", "checkpoints.every_steps=0"),
-        *("fleet.threads=1", "fleet.probe_bytes=2000000", "wire.canary_every=0"),
-        *("tracking.wandb=disabled", "tracking.picture_every=2"),
-        *(f"plan.stages={case.hosts}", f"plan.schedule={case.schedule}"),
-        *(f"wire.forward={case.codec}", f"wire.backward={case.codec}"),
-    ]
-    command = [
-        *(sys.executable, "-m", "tests.lab.trial"),
-        *(f"--hosts={case.hosts}", f"--cpus={case.cpus}"),
-        *(f"--rate-mbps={case.rate_mbps}", f"--delay-ms={case.delay_ms}"),
-        *("--", "train", *words),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CASE_TIMEOUT_S)
-    if done.returncode:
-        raise SystemExit(f"{case.name} did not run: {done.stderr.strip()[-500:]}")
-    run = RunFolder(folder / "runs" / case.name)
-    return Real(
-        case=case,
-        plan=decode(Plan, json.loads(run.plan.read_text())),
-        fleet=decode(Fleet, json.loads(run.fleet.read_text())),
-        config=parse_config(run.config.read_text()),
-        steps=read_history(run.events).steps,
-    )
-
-
-def timed_steps(real: Real) -> list[StepRecord]:
-    """Return the steps after the first ones whose actions are on record."""
-    return [s for s in real.steps[WARMUP_STEPS:] if all(stage.actions for stage in s.stages)]
+def train_really(field: Field, group: Group, trial: Trial, name: str, words: Sequence[str] = ()) -> Real:
+    """Run a trial on its group's hosts, and read what it left."""
+    field.route(trial.route)
+    run = field.run(name, [*trial.words, *words], num_steps=STEPS, timeout_s=RUN_TIMEOUT_S)
+    return Real(group=group, trial=trial, run=run)
 
 
 def replayed(real: Real, step: StepRecord, overheads: Overheads) -> StepSimulation:
@@ -159,15 +108,15 @@ def replayed(real: Real, step: StepRecord, overheads: Overheads) -> StepSimulati
 
     These hold already what frames and codecs took of the processor meanwhile, so here those only make frames later.
     """
-    problem = real.problem
+    problem, plan = real.problem, real.run.plan
     forward_s_N, backward_s_N, weight_s_N = (np.zeros(problem.num_nodes) for _ in range(3))
-    placement = placement_of(real.plan, real.fleet)
+    placement = placement_of(plan, real.run.fleet)
     for stage in step.stages:
-        node, plan = placement.nodes[stage.stage][0], real.plan.stages[stage.stage]
+        node, own = placement.nodes[stage.stage][0], plan.stages[stage.stage]
         for name, seconds_N in (("F", forward_s_N), ("B", backward_s_N), ("W", weight_s_N)):
             taken_s = [a.end_s - a.start_s for a in stage.actions if a.name == name]
             # Only where backwards come in halves is there a W.
-            seconds_N[node] = statistics.mean(taken_s or [0.0]) / (plan.layer_stop - plan.layer_start)
+            seconds_N[node] = statistics.mean(taken_s or [0.0]) / (own.layer_stop - own.layer_start)
     none_N = np.zeros(problem.num_nodes)
     problem = replace(
         problem,
@@ -179,117 +128,177 @@ def replayed(real: Real, step: StepRecord, overheads: Overheads) -> StepSimulati
         last_forward_s_N=none_N,
         last_backward_s_N=none_N,
     )
-    return real.simulated(problem, replace(overheads, codec_computes=False))
+    return real.simulated(problem, replace(overheads, codec_computes=False, probe_share=1.0))
 
 
 def replay_errors(real: Real, overheads: Overheads) -> list[float]:
-    return [replayed(real, s, overheads).step_s / s.step_s - 1 for s in timed_steps(real)]
+    return [replayed(real, step, overheads).step_s / step.step_s - 1 for step in real.steps]
+
+
+def compute_shares(real: Real) -> list[float]:
+    """Return, for each stage, how long its forwards and backwards took, of what its node's probe said."""
+    shares: list[float] = []
+    for own in real.run.plan.stages:
+        actions = [a for step in real.steps for a in step.stages[own.stage].actions if a.name in ("F", "B", "W")]
+        taken_s = sum(a.end_s - a.start_s for a in actions) / (NUM_MICROBATCHES * len(real.steps))
+        shares.append(taken_s / own.compute_s)
+    return shares
 
 
 def fit(reals: Sequence[Real]) -> dict[str, float]:
-    """Return what a frame costs both its ends, of a whole core, that makes the replays of `reals` err least."""
+    """Return what a frame costs both its ends, of a whole core, that makes the replays of `reals` err least.
+
+    And how long compute takes in a run, of what the probe said.
+    """
 
     def loss(frame_s: float, byte_s: float) -> float:
         tried = replace(
-            MEASURED_ON_CPU,
+            LAB,
             send_frame_s=frame_s / 2,
             receive_frame_s=frame_s / 2,
             send_byte_s=byte_s / 2,
             receive_byte_s=byte_s / 2,
         )
-        return sum(e * e for real in reals for e in replay_errors(real, tried.scaled(1 / real.case.cpus)))
+        return sum(e * e for real in reals for e in replay_errors(real, tried))
 
     frame_s, byte_s = min(itertools.product(FRAME_S, FRAME_BYTE_S), key=lambda pair: loss(*pair))
-    return {"frame_s": frame_s, "frame_byte_s": byte_s}
+    probe_share = statistics.median(share for real in reals for share in compute_shares(real))
+    return {"frame_s": frame_s, "frame_byte_s": byte_s, "probe_share": probe_share}
 
 
 def judge(real: Real) -> dict[str, Any]:
     """Return what was foreseen of a run and what it did."""
-    overheads = MEASURED_ON_CPU.scaled(1 / real.case.cpus)
-    steps = real.steps[WARMUP_STEPS:]
-    real_s = statistics.median(step.step_s for step in steps)
-    simulation = real.simulated(real.problem, overheads)
-    errors = replay_errors(real, overheads)
-    held = [max(step.stages[i].held_bytes for step in real.steps) for i in range(len(real.plan.stages))]
-    # A slow start, or none, is what links have that the planner's closed form does not.
-    without = real.simulated(real.problem, replace(overheads, initial_window_bytes=0.0))
+    plan, steps = real.run.plan, real.steps
+    simulation = real.simulated(real.problem, LAB)
+    held = [max(step.stages[i].held_bytes for step in real.run.history.steps) for i in range(len(plan.stages))]
     return {
-        "case": asdict(real.case),
-        "layers": [stage.layer_stop - stage.layer_start for stage in real.plan.stages],
-        "link_mbps": [link.rate_mbps for link in real.plan.links],
-        "link_delay_s": [link.delay_s for link in real.plan.links],
+        "hosts": real.group.cpus,
+        "trial": asdict(real.trial),
+        "schedule": plan.schedule,
+        "layers": [stage.layer_stop - stage.layer_start for stage in plan.stages],
+        "in_flight": plan.in_flight,
+        "link_mbps": [link.rate_mbps for link in plan.links],
+        "link_delay_s": [link.delay_s for link in plan.links],
         "real_step_s": [step.step_s for step in steps],
-        "real_median_s": real_s,
-        "probed_s": simulation.step_s,
-        "probed_error": simulation.step_s / real_s - 1,
-        "probed_without_slow_start_s": without.step_s,
-        "planned_s": real.plan.step_s,
-        "planned_error": real.plan.step_s / real_s - 1,
-        "replayed_errors": errors,
-        "replayed_error": statistics.median(errors),
-        "real_wait_s": [statistics.median(s.stages[i].wait_s for s in steps) for i in range(len(real.plan.stages))],
+        "real_median_s": real.step_s,
+        "simulated_s": simulation.step_s,
+        "error": simulation.step_s / real.step_s - 1,
+        "planned_s": plan.step_s,
+        "planned_error": plan.step_s / real.step_s - 1,
+        "replayed_errors": replay_errors(real, LAB),
+        "compute_shares": compute_shares(real),
+        "idle_shares": [statistics.mean(step.stages[i].idle_share for step in steps) for i in range(len(plan.stages))],
+        "simulated_idle_shares": simulation.idle_share_U.tolist(),
         "held_bytes": held,
         "simulated_bytes": simulation.memory_bytes_U.tolist(),
-        "planned_bytes": [stage.memory_bytes for stage in real.plan.stages],
+        "planned_bytes": [stage.memory_bytes for stage in plan.stages],
         "memory_ratios": [float(s) / h for s, h in zip(simulation.memory_bytes_U, held, strict=True)],
     }
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Run all cases, or two, and return what came of them."""
-    rows: list[dict[str, Any]] = []
-    calibrating: list[Real] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        write_random_tokens(Path(scratch) / "data", VOCAB_SIZE)
-        for case in CASES:
-            if quick and case.name not in QUICK:
-                continue
-            real = train_really(case, Path(scratch))
-            if case.calibrates:
-                calibrating.append(real)
-            rows.append(judge(real))
-            print(row_text(rows[-1]), flush=True)
-        fitted = fit(calibrating) if calibrating else {}
-    judged = [row for row in rows if not row["case"]["calibrates"]]
+def run_group(group: Group, scratch: Path) -> list[tuple[Real, dict[str, Any]]]:
+    """Run a group's trials, and return each with its judgement."""
+    found: list[tuple[Real, dict[str, Any]]] = []
+    with open_field(group.case, NUM_MICROBATCHES, scratch) as field:
+        for trial in group.trials:
+            real = train_really(field, group, trial, trial.name)
+            found.append((real, judge(real)))
+            print(row_text(group.name, real, found[-1][1]), flush=True)
+    return found
+
+
+def run_rivalry(scratch: Path) -> dict[str, Any]:
+    """Run what the planner chooses, every rival, and the choice again."""
+    (trial,) = RIVALRY.trials
+    measured: dict[str, float] = {}
+    with open_field(RIVALRY.case, NUM_MICROBATCHES, scratch) as field:
+        first = train_really(field, RIVALRY, trial, "chosen-first")
+        plan = first.run.plan
+        split = tuple(stage.layer_stop - stage.layer_start for stage in plan.stages)
+        chosen = (f"plan.schedule={plan.schedule}", f"plan.split=[{','.join(map(str, split))}]")
+        # In the plan's order of nodes: a split goes to nodes in the fleet's.
+        pins = [f"plan.pins.{stage.node}={stage.stage}" for stage in plan.stages]
+        for number, (name, words) in enumerate(rivals(split, plan.schedule).items()):
+            measured[name] = train_really(field, RIVALRY, trial, f"rival-{number}", [*words, *pins]).step_s
+            print(f"{name}: {measured[name]:.2f} s", flush=True)
+        again = train_really(field, RIVALRY, trial, "chosen-again", [*chosen, *pins])
+    chosen_s = statistics.median(step.step_s for real in (first, again) for step in real.steps)
+    best = min(measured, key=lambda name: measured[name])
     return {
-        "cases": rows,
-        "fitted": fitted,
-        "used": asdict(MEASURED_ON_CPU),
-        "replayed_median_error": statistics.median(abs(row["replayed_error"]) for row in judged),
-        "replayed_worst_error": max(abs(row["replayed_error"]) for row in judged),
-        "probed_median_error": statistics.median(abs(row["probed_error"]) for row in judged),
-        "probed_worst_error": max(abs(row["probed_error"]) for row in judged),
-        "planned_median_error": statistics.median(abs(row["planned_error"]) for row in judged),
-        "least_memory_ratio": min(min(row["memory_ratios"]) for row in judged),
-        "most_memory_ratio": max(max(row["memory_ratios"]) for row in judged),
-        "bounds": BOUNDS,
+        "hosts": RIVALRY.cpus,
+        "trial": asdict(trial),
+        "chosen": {"schedule": plan.schedule, "layers": split, "step_s": chosen_s},
+        "chosen_steps_s": [step.step_s for real in (first, again) for step in real.steps],
+        "rivals_s": measured,
+        "best": best,
+        "of_best": chosen_s / min(measured[best], chosen_s),
     }
 
 
-def row_text(row: dict[str, Any]) -> str:
+def row_text(hosts: str, real: Real, row: dict[str, Any]) -> str:
     memory = ", ".join(
         f"{s / 1e6:.0f}/{h / 1e6:.0f}" for s, h in zip(row["simulated_bytes"], row["held_bytes"], strict=True)
     )
     return (
-        f"{row['case']['name']:18} real {row['real_median_s']:6.2f} s, simulated {row['probed_s']:6.2f} s "
-        f"({row['probed_error']:+.1%}), replayed {row['replayed_error']:+.1%}, planner {row['planned_error']:+.1%}; "
-        f"MB simulated/real {memory}"
+        f"{hosts:18} {real.trial.name:20} real {row['real_median_s']:6.2f} s, simulated {row['simulated_s']:6.2f} s "
+        f"({row['error']:+.1%}), replayed {statistics.median(row['replayed_errors']):+.1%}, "
+        f"planner {row['planned_error']:+.1%}; MB simulated/real {memory}"
     )
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Run all groups, or the quick one, and return what came of them."""
+    judged: list[dict[str, Any]] = []
+    calibrating: list[tuple[Real, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_random_tokens(Path(scratch) / "data", MODEL.vocab_size)
+        for group in (QUICK,) if quick else GROUPS:
+            for real, row in run_group(group, Path(scratch)):
+                if real.trial.calibrates:
+                    calibrating.append((real, row))
+                else:
+                    judged.append(row)
+        rivalry = {} if quick else {"rivalry": run_rivalry(Path(scratch))}
+    errors = sorted(abs(row["error"]) for row in judged)
+    ratios = [ratio for row in judged for ratio in row["memory_ratios"]]
+    figures = {
+        "median_error": statistics.median(errors),
+        "p90_error": float(np.quantile(errors, 0.9)),
+        "least_memory": min(ratios),
+        "most_memory": max(ratios),
+        **({"of_best": rivalry["rivalry"]["of_best"]} if rivalry else {}),
+    }
+    return {
+        "cases": judged,
+        "calibrating": [row for _, row in calibrating],
+        "fitted": fit([real for real, _ in calibrating]) if calibrating else {},
+        "used": asdict(LAB),
+        "replayed_median_error": statistics.median(abs(e) for row in judged for e in row["replayed_errors"]),
+        "planned_median_error": statistics.median(abs(row["planned_error"]) for row in judged),
+        **rivalry,
+        "figures": figures,
+        "bounds": BOUNDS,
+        "missed": [name for name, figure in figures.items() if is_missed(name, figure)],
+    }
+
+
+def is_missed(name: str, figure: float) -> bool:
+    """Return whether a figure is on the wrong side of its bound."""
+    return figure < BOUNDS[name] if name == "least_memory" else figure > BOUNDS[name]
 
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
+    if lacking := missing() or missing_for_cpus():
+        print(f"skipped: no WAN lab here: {lacking}")
+        return 0
     measured = run(arguments.quick)
-    path = save("simulator", arguments, measured)
-    print(f"saved {path}")
+    print(f"saved {save('simulator', arguments, measured)}; fitted {measured['fitted']}")
     print(
-        f"step time: replayed {measured['replayed_median_error']:.1%} median, {measured['replayed_worst_error']:.1%} "
-        f"worst; from the probe {measured['probed_median_error']:.1%} median, {measured['probed_worst_error']:.1%} "
-        f"worst; memory {measured['least_memory_ratio']:.2f} to {measured['most_memory_ratio']:.2f} of what was taken"
+        ", ".join(f"{name} {figure:.3f}" for name, figure in measured["figures"].items())
+        + f"; missed: {', '.join(measured['missed']) or 'nothing'}"
     )
-    missed = measured["replayed_median_error"] > BOUNDS["replayed_median_error"]
-    missed = missed or measured["least_memory_ratio"] < BOUNDS["least_memory_ratio"]
-    return 1 if arguments.check and missed else 0
+    return 1 if arguments.check and measured["missed"] else 0
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Case:
     has_even: bool = False
     # The route that hosts get in the middle of a run.
     then: Route | None = None
-    # What each figure of bench.wan_judge is at least.
+    # What each figure of bench.wan_judge is at least, or at most: see there.
     bounds: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
@@ -73,11 +73,16 @@ class Case:
 
     def settings(self) -> dict[str, Any]:
         """Return what a result depends on: another of these is another result."""
-        return {**asdict(self), "model": asdict(self.model)}
+        settings = {**asdict(self), "model": asdict(self.model)}
+        # What is asked of it changes nothing that was measured.
+        del settings["bounds"]
+        return settings
 
 
 CASES = (
-    Case(name="unshaped", route=Route(), codecs=(NONE,), has_none=False, bounds={"of_torch": 1.0}),
+    Case(
+        name="unshaped", route=Route(), codecs=(NONE,), has_none=False, bounds={"of_torch": 1.0, "driver_share": 0.02}
+    ),
     Case(
         name="20-25",
         route=Route(rate_mbps=20, delay_ms=25),
@@ -98,7 +103,7 @@ CASES = (
         route=Route(rate_mbps=THIN_MBPS, delay_ms=25),
         codecs=(HQ4, HQ4_Q8),
         has_torch_unshaped=True,
-        bounds={"of_limit": 0.95, "of_unshaped": 0.88, "of_torch": 4.0},
+        bounds={"of_limit": 0.95, "of_unshaped": 0.88, "of_torch": 4.0, "driver_share": 0.02},
     ),
     Case(
         name="2-25",
@@ -142,7 +147,7 @@ CASES = (
         num_layers=16,
         has_none=False,
         has_even=True,
-        bounds={"of_certified": 0.90, "of_even": 1.5},
+        bounds={"of_certified": 0.90, "of_even": 1.5, "idle_as_planned": 0.90},
     ),
     Case(
         name="falls",

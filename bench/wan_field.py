@@ -19,6 +19,7 @@ from pathlib import Path as File
 from typing import Any
 
 from actors.fleet_spec import Fleet
+from actors.probe_cache import cache_file
 from actors.spec import Plan
 from bench.wan_cases import BATCH, Case, Route
 from orchestrator.config import RunConfig, parse_config
@@ -32,6 +33,8 @@ from tests.lab.wanlab import NAMESPACES, Host, LabError, Path, WanLab
 START_TIMEOUT_S = 240.0
 SAMPLE_S = 0.5
 TORCH_PORT = 29_500
+# Under the folder with the data: kernels and probes of these runs alone.
+CACHE = "cache"
 # What Ray names a process whose actor is one of ours.
 ACTOR_TITLE = b"ray::NodeActor"
 
@@ -86,6 +89,8 @@ class Field:
 
         `reroute` gives hosts another route once so many steps have ended.
         """
+        # What another run's probe measured holds within 15%: too rough to be held against.
+        (self._folder / CACHE / cache_file().name).unlink(missing_ok=True)
         # A run of this name that is there would be gone on with.
         name = f"{self.case.name}-{name}"
         folder = RunFolder(self._folder / "runs" / name)
@@ -151,10 +156,11 @@ def open_field(case: Case, num_microbatches: int, folder: File) -> Iterator[Fiel
         )
         for cpus in case.cpus
     ]
+    env = {**RAY_SETTINGS, "ISTHMUS_CACHE": str(folder / CACHE)}
     regions = {host: {"region": f"region-{region}"} for host, region in enumerate(case.regions)}
     with (
         WanLab(hosts) as lab,
-        RayCluster(lab, labels=regions, env=RAY_SETTINGS, start_timeout_s=START_TIMEOUT_S) as cluster,
+        RayCluster(lab, labels=regions, env=env, start_timeout_s=START_TIMEOUT_S) as cluster,
     ):
         yield Field(case, num_microbatches, folder, lab, cluster)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,8 @@ from bench.wan_field import Run
 from bench.wan_limit import LinkTimes, link_times, step_limit
 from orchestrator.recipe import plan_ahead
 
+# Figures that their bound is the most of; of all others it is the least.
+AT_MOST = {"driver_share"}
 # Nothing of these may happen in a run that is timed.
 TROUBLE = {"retried", "node_lost", "skipped", "failed"}
 
@@ -43,6 +46,7 @@ def run_figures(run: Run, timed: slice) -> dict[str, Any]:
         "probed_mbps": [link.rate_mbps for link in plan.links],
         "probed_delay_s": [link.delay_s for link in plan.links],
         "planned_step_s": plan.step_s,
+        "planned_idle_share": [1 - plan.num_microbatches * stage.compute_s / plan.step_s for stage in plan.stages],
         "planned_fill_s": plan.fill_s,
         "loss_share": plan.loss_share,
         "driver_share": run.driver_share,
@@ -86,10 +90,16 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
             figures[key] = other_s / step_s
     crossings = sum(a != b for a, b in pairwise(shaped[0]["regions"]))
     figures["few_crossings"] = (len(set(case.regions)) - 1) / crossings if crossings else 1.0
+    # Of a core, while steps ran: the controller with all that is in its process; Ray's daemons on all hosts.
+    for name in ("driver_share", "daemons_share"):
+        figures[name] = max(run[name] for run in shaped)
+    # 1 less the largest difference between a stage's idle share and the plan's.
+    pairs = [pair for run in shaped for pair in zip(run["idle_share"], run["planned_idle_share"], strict=True)]
+    figures["idle_as_planned"] = 1 - max(abs(idle - foreseen) for idle, foreseen in pairs)
     if "certified_s" in measured:
         figures["of_certified"] = measured["certified_s"] / step_s
     if any(run["trouble"] for run in shaped):
-        figures = dict.fromkeys(figures, 0.0)
+        figures = {name: math.inf if name in AT_MOST else 0.0 for name in figures}
     return {"figures": figures, "limit_binds": limit.binds, "bounds": case.bounds, "missed": missed(case, figures)}
 
 
@@ -104,8 +114,14 @@ def judge_fall(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def missed(case: Case, figures: dict[str, float]) -> list[str]:
-    """Return the figures that are below their bound, or not there."""
-    return [name for name, bound in case.bounds.items() if not figures.get(name, 0.0) >= bound]
+    """Return the figures that are on the wrong side of their bound, or not there."""
+    return [name for name, bound in case.bounds.items() if not _is_met(name, bound, figures)]
+
+
+def _is_met(name: str, bound: float, figures: dict[str, float]) -> bool:
+    if name in AT_MOST:
+        return figures.get(name, math.inf) <= bound
+    return figures.get(name, 0.0) >= bound
 
 
 def median_s(runs: Sequence[dict[str, Any]]) -> float:

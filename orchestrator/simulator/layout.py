@@ -86,16 +86,18 @@ class Lineup:
         flat = np.argsort(self.node_SM.ravel(), kind="stable")
         return starts.astype(np.int32), (flat % self.problem.num_microbatches).astype(np.int32)
 
-    def durations(self, action_s: float, sigma: float, seed: int) -> Floats:
-        """Return how long each operation of each microbatch takes: as measured, times a lognormal of `sigma`."""
+    def durations(self, action_s: float, share: float, sigma: float, seed: int) -> Floats:
+        """Return how long each operation of each microbatch takes: a share of what was probed, and `action_s`.
+
+        Times a lognormal of `sigma`.
+        """
         problem = self.problem
         weight_s_U = np.zeros(len(self.nodes_U))
         if self.is_split:
             layers_U = np.array([stop - start for start, stop in self.spans_U])
             weight_s_U = layers_U * problem.layer_weight_s_N[self.nodes_U]
-        seconds_AU = np.stack(
-            [self.forward_s_U + action_s, self.backward_s_U - weight_s_U + action_s, weight_s_U],
-        )
+        seconds_AU = share * np.stack([self.forward_s_U, self.backward_s_U - weight_s_U, weight_s_U])
+        seconds_AU[:2] += action_s
         seconds_ASM = seconds_AU[:, self.node_SM]
         if sigma > 0:
             noise_ASM = np.random.default_rng(seed).normal(0.0, sigma, seconds_ASM.shape)
@@ -179,7 +181,7 @@ def make_layout(
     flight_bytes_U += (lineup.stage_U == lineup.num_stages - 1) * problem.last_saved_bytes
     return Layout(
         node_SM=node_SM,
-        duration_s_ASM=lineup.durations(overheads.action_s, sigma, seed),
+        duration_s_ASM=lineup.durations(overheads.action_s, overheads.probe_share, sigma, seed),
         stage_U=lineup.stage_U,
         own_U=starts,
         own_O=own,

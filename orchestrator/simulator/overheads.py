@@ -31,6 +31,8 @@ class Overheads:
     codecs: Mapping[str, CodecTimes] = field(default_factory=dict[str, CodecTimes])
     # Whether a node's frames and codecs take its processor from compute (a CPU) or run beside it (a GPU).
     codec_computes: bool = True
+    # What layers take in a run, of what a probe said: a CPU's probes find all nodes of a machine at work at once.
+    probe_share: float = 1.0
     # What a forward or backward takes beyond its layers: reading tokens, the loss, autograd's own work.
     action_s: float = 0.0
     # The driver, from one step's last report to the next one's first order, and a node's report at a step's end.

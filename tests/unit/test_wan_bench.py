@@ -29,7 +29,11 @@ def isthmus_run(*step_s: float, **changes: object) -> dict[str, object]:
         "stage_s": [1.0, 1.0, 1.0, 1.0],
         "regions": ["region-0", "region-1", "region-2", "region-3"],
         "frame_bytes": [(125_000, 125_000)] * 3,
+        "driver_share": 0.01,
+        "daemons_share": 0.1,
         "trouble": [],
+        "idle_share": [0.3, 0.3, 0.3, 0.1],
+        "planned_idle_share": [0.35, 0.3, 0.18, 0.1],
     }
     return run | changes
 
@@ -82,6 +86,29 @@ def test_a_bound_that_is_missed_is_named() -> None:
     assert verdict["figures"]["torch_of_unshaped"] == pytest.approx(34 / 150)
     # The unshaped rate is missed by a hair: 36 / 41 is 0.878.
     assert verdict["missed"] == ["of_limit", "of_unshaped", "of_torch"]
+
+
+def test_idle_shares_are_held_against_the_plans() -> None:
+    case = replace(case_named("uneven"), bounds={"idle_as_planned": 0.9})
+    verdict = judge(case, {"isthmus": {"shaped": [isthmus_run(40.0)]}}, 32)
+    assert verdict["figures"]["idle_as_planned"] == pytest.approx(0.88)
+    assert verdict["missed"] == ["idle_as_planned"]
+
+
+def test_what_the_controller_takes_of_a_core_is_bound_from_above() -> None:
+    case = replace(case_named("unshaped"), bounds={"driver_share": 0.02})
+    assert judge(case, {"isthmus": {"shaped": [isthmus_run(36.0)]}}, 32)["missed"] == []
+    greedy = isthmus_run(36.0, driver_share=0.021)
+    assert judge(case, {"isthmus": {"shaped": [greedy]}}, 32)["missed"] == ["driver_share"]
+    troubled = isthmus_run(36.0, trouble=["retried: a peer was slow"])
+    assert judge(case, {"isthmus": {"shaped": [troubled]}}, 32)["missed"] == ["driver_share"]
+
+
+def test_what_is_asked_of_a_case_is_no_part_of_its_settings() -> None:
+    case = case_named("4-25")
+    assert settings_of(case, 32) == settings_of(replace(case, bounds={}), 32)
+    assert settings_of(case, 32) != settings_of(case, 8)
+    assert settings_of(case, 32) != settings_of(replace(case, idle_restart=True), 32)
 
 
 def test_a_run_with_trouble_meets_no_bound() -> None:
