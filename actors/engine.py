@@ -38,6 +38,7 @@ class StageEngine:
         """`resident` began before the model was built; without it, on CPU, what is built counts as idle."""
         self.model = model
         self.device = next(model.parameters()).device
+        self._is_mixed = self.device.type == "cuda"
         self._resident = None if self.device.type == "cuda" else resident or ResidentMemory()
         self.params = model.named_global_parameters()
         self.optimizer = build_optimizer(model, optim)
@@ -51,6 +52,8 @@ class StageEngine:
         self._num_targets = 0
         self._step_targets = 1
         self._nonfinite: list[torch.Tensor] = []
+        # Whether what a step's first microbatch made of the weights in bfloat16 is there for the others.
+        self._keeps_casts = False
 
     @property
     def boundary_dtype(self) -> torch.dtype:
@@ -65,6 +68,10 @@ class StageEngine:
                 "load every stage from one checkpoint",
             )
         self._forget_step()
+        if self._is_mixed:
+            # Else each microbatch would cast all weights anew, and hold its own copy until its backward.
+            torch.autocast_increment_nesting()
+            self._keeps_casts = True
         self._step_targets = max(1, step_targets)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -184,7 +191,7 @@ class StageEngine:
         if input_BTD is None:
             assert batch is not None
             input_BTD = self._to_device(batch.tokens_BT)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_mixed):
             return self.model(input_BTD, documents_BT)
 
     def _residual(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -195,6 +202,11 @@ class StageEngine:
         return tensor.to(self.device, non_blocking=True)
 
     def _forget_step(self) -> None:
+        if self._keeps_casts:
+            torch.autocast_decrement_nesting()
+            # Of other stages on this thread, too: each casts again what it needs.
+            torch.clear_autocast_cache()
+            self._keeps_casts = False
         self.optimizer.zero_grad(set_to_none=True)
         self._in_flight.clear()
         self._halved.clear()

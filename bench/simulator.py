@@ -6,8 +6,9 @@ Groups of hosts with shares of a core each (tests/lab; root, elsewhere a skip wi
 as bench.wan does: shares bind compute alone. A run probes, plans and trains; then its plan is simulated twice: from
 what its own probe measured, and from how long its own forwards and backwards took, which leaves out what the probe got
 wrong. Two runs only serve to fit costs, and are not judged. The real step time is the median of the steps after the
-first; memory is each process's resident peak over what it held before its stage was built (CPU tensors have no counter
-of their own). At the end the planner's own choice is held against other cuts and orders on the same hosts.
+first. A stage's tensors are counted by torch's profiler as it does once more, by itself, what it did in the run's last
+step, action by action; what its process held besides is reported. At the end the planner's own choice is held against
+other cuts and orders on the same hosts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.schedule import Action, Op
 from bench.random_tokens import write_random_tokens
 from bench.record import parse_arguments, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, Trial, rivals
@@ -34,6 +36,7 @@ from orchestrator.records import StepRecord
 from orchestrator.simulator.overheads import MEASURED_ON_CPU, Overheads
 from orchestrator.simulator.step import StepSimulation, placement_of, simulate_step
 from tests.lab.wanlab import missing, missing_for_cpus
+from tests.tensor_peak import stage_peak_bytes
 
 # Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
 # the chosen plan's step over that of the best rival.
@@ -80,6 +83,7 @@ class Real:
             batch=config.batch,
             schedule=self.run.plan.schedule,
             activation_checkpointing=config.train.activation_checkpointing,
+            document_mask=config.data.document_mask,
         )
         return make_problem(self.run.fleet, work, config.wire, codecs=self.codecs)
 
@@ -145,6 +149,21 @@ def compute_shares(real: Real) -> list[float]:
     return shares
 
 
+def tensor_bytes(real: Real, stage: int) -> int:
+    """Return the most bytes of tensors that a stage takes where it does what it did in the last step."""
+    plan, config = real.run.plan, real.run.config
+    own, recorded = plan.stages[stage], real.steps[-1].stages[stage].actions
+    backward = Op.INPUT_BACKWARD if any(action.name == "W" for action in recorded) else Op.BACKWARD
+    ops = {"F": Op.FORWARD, "B": backward, "W": Op.WEIGHT_BACKWARD}
+    return stage_peak_bytes(
+        config.model,
+        (own.layer_start, own.layer_stop),
+        [Action(ops[action.name], action.microbatch) for action in recorded if action.name in ops],
+        config.batch,
+        document_mask=config.data.document_mask,
+    )
+
+
 def fit(reals: Sequence[Real]) -> dict[str, float]:
     """Return what a frame costs both its ends, of a whole core, that makes the replays of `reals` err least.
 
@@ -171,6 +190,7 @@ def judge(real: Real) -> dict[str, Any]:
     plan, steps = real.run.plan, real.steps
     simulation = real.simulated(real.problem, LAB)
     held = [max(step.stages[i].held_bytes for step in real.run.history.steps) for i in range(len(plan.stages))]
+    taken = [tensor_bytes(real, stage.stage) for stage in plan.stages]
     return {
         "hosts": real.group.cpus,
         "trial": asdict(real.trial),
@@ -192,7 +212,8 @@ def judge(real: Real) -> dict[str, Any]:
         "held_bytes": held,
         "simulated_bytes": simulation.memory_bytes_U.tolist(),
         "planned_bytes": [stage.memory_bytes for stage in plan.stages],
-        "memory_ratios": [float(s) / h for s, h in zip(simulation.memory_bytes_U, held, strict=True)],
+        "tensor_bytes": taken,
+        "memory_ratios": [float(s) / t for s, t in zip(simulation.memory_bytes_U, taken, strict=True)],
     }
 
 
@@ -237,12 +258,12 @@ def run_rivalry(scratch: Path) -> dict[str, Any]:
 
 def row_text(hosts: str, real: Real, row: dict[str, Any]) -> str:
     memory = ", ".join(
-        f"{s / 1e6:.0f}/{h / 1e6:.0f}" for s, h in zip(row["simulated_bytes"], row["held_bytes"], strict=True)
+        f"{s / 1e6:.0f}/{t / 1e6:.0f}" for s, t in zip(row["simulated_bytes"], row["tensor_bytes"], strict=True)
     )
     return (
         f"{hosts:18} {real.trial.name:20} real {row['real_median_s']:6.2f} s, simulated {row['simulated_s']:6.2f} s "
         f"({row['error']:+.1%}), replayed {statistics.median(row['replayed_errors']):+.1%}, "
-        f"planner {row['planned_error']:+.1%}; MB simulated/real {memory}"
+        f"planner {row['planned_error']:+.1%}; MB of tensors simulated/real {memory}"
     )
 
 

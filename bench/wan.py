@@ -25,6 +25,7 @@ from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK_BOUNDS, QUICK_MICRO
 from bench.wan_field import Field, even_split, open_field
 from bench.wan_judge import certified_step_s, judge, judge_fall, median_s, run_figures
 from bench.wan_plot import draw
+from bench.wan_table import wan_table
 from tests.lab.wanlab import missing, missing_for_cpus
 
 ROUNDS, NUM_WARMUP, NUM_TIMED = 2, 1, 2
@@ -200,6 +201,7 @@ def main() -> int:
             save("wan", arguments, {"cases": results})
             print(case_text(case.name, results[case.name]), flush=True)
     draw(results, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(wan_table(results))
     missed = [f"{name}: {', '.join(r['missed'])}" for name, r in results.items() if r["missed"]]
     print("missed: " + ("; ".join(missed) or "nothing"))
     return 1 if arguments.check and missed else 0

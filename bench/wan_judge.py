@@ -94,8 +94,10 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
     for name in ("driver_share", "daemons_share"):
         figures[name] = max(run[name] for run in shaped)
     # 1 less the largest difference between a stage's idle share and the plan's.
-    pairs = [pair for run in shaped for pair in zip(run["idle_share"], run["planned_idle_share"], strict=True)]
-    figures["idle_as_planned"] = 1 - max(abs(idle - foreseen) for idle, foreseen in pairs)
+    told = [run for run in shaped if "planned_idle_share" in run]
+    pairs = [pair for run in told for pair in zip(run["idle_share"], run["planned_idle_share"], strict=True)]
+    if pairs:
+        figures["idle_as_planned"] = 1 - max(abs(idle - foreseen) for idle, foreseen in pairs)
     if "certified_s" in measured:
         figures["of_certified"] = measured["certified_s"] / step_s
     if any(run["trouble"] for run in shaped):

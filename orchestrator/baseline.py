@@ -81,6 +81,7 @@ def plan_baseline(cards: Sequence[NodeCard], config: RunConfig) -> Plan:
         # Backward follows forward, microbatch by microbatch.
         schedule="1f1b",
         activation_checkpointing=config.train.activation_checkpointing,
+        document_mask=config.data.document_mask,
     )
     plans = [make_plan(Fleet(nodes=(card,), links=()), work, config.wire, PlanConfig(stages=1)) for card in cards]
     slowest = max(plans, key=lambda plan: plan.step_s)

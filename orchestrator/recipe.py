@@ -98,6 +98,7 @@ def workload(config: RunConfig) -> Workload:
         batch=config.batch,
         schedule=config.plan.searched.schedule or CHOSEN_SCHEDULES[0],
         activation_checkpointing=config.train.activation_checkpointing,
+        document_mask=config.data.document_mask,
     )
 
 

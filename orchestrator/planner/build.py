@@ -17,18 +17,22 @@ from actors.errors import PlanError
 from actors.fleet_spec import Fleet, LinkCard, NodeCard, PartTimes, RegionLink
 from actors.frame import wire_bytes
 from actors.model.spec import ModelSpec
+from actors.schedule import SPLIT
 from actors.settings import BatchSpec, WireConfig
 from actors.spec import ScheduleName
+from orchestrator.planner.memory import (
+    FLOAT32_BYTES,
+    STATE_BYTES_PER_PARAM,
+    block_bytes,
+    flight_bytes,
+    head_passing_bytes,
+    head_saved_bytes,
+    passing_bytes,
+    raw_frame_bytes,
+)
 from orchestrator.planner.problem import Floats, Problem
 
-# float32 weight, gradient and AdamW's two moments.
-_STATE_BYTES_PER_PARAM = 16
 _SYNC_BYTES_PER_PARAM = 4
-# Kept for backward per token, in units of the hidden size, the key-value size and the ffn size of one block: norms'
-# inputs and outputs, projections before and after rotation, attention's output, the gated product's factors.
-_SAVED_HIDDEN, _SAVED_KV, _SAVED_FFN = 10, 4, 5
-# Logits, their float32 copy and the gradient; and its log-softmax, which each microbatch in flight keeps.
-_HEAD_COPIES, _HEAD_SAVED = 3, 1
 # A frame exists encoded, as chunks in the window, and decoded, at each end.
 FRAME_COPIES = 6
 # Where no link was measured: two nodes of one machine or one rack.
@@ -46,6 +50,7 @@ class Workload:
     batch: BatchSpec
     schedule: ScheduleName
     activation_checkpointing: bool
+    document_mask: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +72,17 @@ def make_problem(
     PlanError where a node was not timed with this microbatch size.
     """
     model, batch, nodes = work.model, work.batch, fleet.nodes
-    logits_bytes = 4 * batch.microbatch_tokens * model.vocab_size
     times = [_times_of(node, batch.microbatch_size) for node in nodes]
 
     def column(values: Sequence[float]) -> Floats:
         return np.array(values, dtype=np.float64)
 
     again = [t.layer_forward_s if work.activation_checkpointing else 0.0 for t in times]
-    element_N = column([node.boundary_bytes for node in nodes])
-    boundary_N = element_N * batch.microbatch_tokens * model.hidden_size
-    block_N = _block_bytes(model, batch, element_N)
+    sizes = [node.boundary_bytes for node in nodes]
+    frame_N = column([raw_frame_bytes(model, batch, size) for size in sizes])
+    block_N = column([block_bytes(model, batch, size, work.document_mask) for size in sizes])
+    fixed_N = FRAME_COPIES * frame_N + passing_bytes(model, batch, in_halves=work.schedule in SPLIT)
+    is_float32 = all(size == FLOAT32_BYTES for size in sizes)
     table = link_table(fleet)
     frames = [_frame_bytes(fleet, work, wire, stage, codecs) for stage in range(model.num_layers)]
     return Problem(
@@ -91,14 +97,15 @@ def make_problem(
         last_backward_s_N=column([t.head_backward_s for t in times]),
         layer_weight_s_N=column([t.layer_weight_s for t in times]),
         memory_bytes_N=column([node.memory_bytes for node in nodes]),
-        layer_state_bytes=float(_STATE_BYTES_PER_PARAM * model.layer_params),
-        first_state_bytes=float(_STATE_BYTES_PER_PARAM * model.embedding_params),
-        last_state_bytes=float(_STATE_BYTES_PER_PARAM * model.head_params),
-        layer_saved_bytes_N=boundary_N if work.activation_checkpointing else block_N,
-        flight_bytes_N=boundary_N,
-        fixed_bytes_N=FRAME_COPIES * boundary_N + (block_N if work.activation_checkpointing else 0.0),
-        last_bytes=float(_HEAD_COPIES * logits_bytes),
-        last_saved_bytes=float(_HEAD_SAVED * logits_bytes),
+        layer_state_bytes=float(STATE_BYTES_PER_PARAM * model.layer_params),
+        first_state_bytes=float(STATE_BYTES_PER_PARAM * model.embedding_params),
+        last_state_bytes=float(STATE_BYTES_PER_PARAM * model.head_params),
+        raw_frame_bytes_N=frame_N,
+        layer_saved_bytes_N=frame_N if work.activation_checkpointing else block_N,
+        flight_bytes_N=column([flight_bytes(model, batch, size, work.document_mask) for size in sizes]),
+        fixed_bytes_N=fixed_N + (block_N if work.activation_checkpointing else 0.0),
+        last_bytes=head_passing_bytes(model, batch, is_float32=is_float32),
+        last_saved_bytes=head_saved_bytes(model, batch),
         place_N=np.array(table.place_of, dtype=np.int32),
         delay_s_PP=table.delay_s_PP,
         byte_s_PP=8 / (table.rate_mbps_PP * BITS_PER_MEGABIT),
@@ -171,15 +178,6 @@ def _times_of(node: NodeCard, microbatch_size: int) -> PartTimes:
             f"set batch.microbatch_size to one of these, or probe with batch.microbatch_size={microbatch_size}",
         )
     return times
-
-
-def _block_bytes(model: ModelSpec, batch: BatchSpec, element_N: Floats) -> Floats:
-    """Return what one block keeps of one microbatch for its backward."""
-    kv_size = model.num_kv_heads * model.head_size
-    widths = _SAVED_HIDDEN * model.hidden_size + _SAVED_KV * kv_size + _SAVED_FFN * model.ffn_size
-    # A document mask, and attention weights where a fused kernel does not take one.
-    mask = batch.seq_len * (1 + model.num_heads * element_N)
-    return batch.microbatch_tokens * (element_N * widths + mask)
 
 
 def _frame_bytes(

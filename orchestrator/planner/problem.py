@@ -39,9 +39,10 @@ class Problem:
     # Of the backward time, what makes weight gradients and may run later.
     layer_weight_s_N: Floats
     # Memory: what a node has, what a stage's weights with gradient and moments take (microbatch or not), what a
-    # microbatch in flight keeps for each layer and for the stage, and what is there once. The last stage has the head's
-    # logits besides: once, and what it keeps of each microbatch in flight.
+    # microbatch in flight keeps for each layer and for the stage, and what is there once: frames, as many of the size
+    # here as build.FRAME_COPIES, and what passes. The last stage has the head's besides: once, and of each microbatch.
     memory_bytes_N: Floats
+    raw_frame_bytes_N: Floats
     layer_state_bytes: float
     first_state_bytes: float
     last_state_bytes: float

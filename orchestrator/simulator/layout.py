@@ -173,11 +173,11 @@ def make_layout(
     frame_bytes_DQ = np.stack([problem.forward_bytes_L[cut_Q], problem.backward_bytes_L[cut_Q]])
     shared_bytes_per_s_DQ = problem.shared_bytes_per_s_PP[from_DQ, to_DQ]
     shared_DQ = np.where(np.isfinite(shared_bytes_per_s_DQ), from_DQ * problem.num_places + to_DQ, -1)
-    raw_bytes_U = problem.flight_bytes_N[lineup.nodes_U]
+    raw_bytes_U = problem.raw_frame_bytes_N[lineup.nodes_U]
     sender_DQ, receiver_DQ = np.stack([source_Q, target_Q]), np.stack([target_Q, source_Q])
     encode_byte_s_DQ, decode_byte_s_DQ = _codec_byte_s(cut_Q, codecs, overheads)
     layers_U = np.array([stop - start for start, stop in lineup.spans_U])
-    flight_bytes_U = layers_U * problem.layer_saved_bytes_N[lineup.nodes_U] + raw_bytes_U
+    flight_bytes_U = layers_U * problem.layer_saved_bytes_N[lineup.nodes_U] + problem.flight_bytes_N[lineup.nodes_U]
     flight_bytes_U += (lineup.stage_U == lineup.num_stages - 1) * problem.last_saved_bytes
     return Layout(
         node_SM=node_SM,

@@ -40,9 +40,7 @@ class Overheads:
     report_s: float = 0.0
     # The optimizer's step, for each byte of weight, gradient and moments.
     commit_byte_s: float = 0.0
-    # What the optimizer's step leaves with the allocator, as a share of weight, gradient and moments (torch's AdamW
-    # takes one more float32 for each parameter); what a process takes besides tensors once it works.
-    commit_share: float = 0.0
+    # What a process takes besides tensors once it works.
     process_bytes: float = 0.0
     # TCP's window at first, and again where a connection was idle: RFC 6928 has 10 segments. 0: at the link's rate at
     # once. Idle is what is longer than a round trip and this.
@@ -89,8 +87,6 @@ MEASURED_ON_CPU = Overheads(
     },
     step_s=0.008,
     commit_byte_s=1.7e-10,
-    commit_share=0.25,
-    process_bytes=8e6,
     initial_window_bytes=_TEN_SEGMENTS,
 )
 # Not measured: frames and codecs run beside compute, and are taken to cost nothing.

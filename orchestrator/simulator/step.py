@@ -126,10 +126,7 @@ def simulate_step(
         shares_U=np.diff(layout.own_U).astype(np.int32),
         compute_s_U=compute_s_U,
         idle_share_U=np.maximum(0.0, 1 - compute_s_U / step_s),
-        memory_bytes_U=state_U * (1 + overheads.commit_share)
-        + overheads.process_bytes
-        + _standing_bytes(lineup)
-        + played.peak_bytes_U,
+        memory_bytes_U=state_U + overheads.process_bytes + _standing_bytes(lineup) + played.peak_bytes_U,
         memory_limit_bytes_U=problem.memory_bytes_N[nodes_U],
         in_flight_peak_U=played.in_flight_peak_U,
         link_busy_DQ=_link_busy_s(layout) / step_s,
@@ -214,12 +211,12 @@ def _state_bytes(lineup: Lineup) -> Floats:
 
 
 def _standing_bytes(lineup: Lineup) -> Floats:
-    """Return what each node holds besides while it works: the head's logits, a block that is computed again.
+    """Return what each node holds besides while it works: what passes, and a block that is computed again.
 
     Not the frames that a Problem counts once and for all: they are in the ledger one by one.
     """
     problem = lineup.problem
-    again_N = np.maximum(0.0, problem.fixed_bytes_N - FRAME_COPIES * problem.flight_bytes_N)
+    again_N = np.maximum(0.0, problem.fixed_bytes_N - FRAME_COPIES * problem.raw_frame_bytes_N)
     is_last_U = lineup.stage_U == lineup.num_stages - 1
     return again_N[lineup.nodes_U] + is_last_U * problem.last_bytes
 

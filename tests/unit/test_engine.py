@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from actors.data import IGNORED_TARGET, Microbatch
 from actors.engine import StageEngine
@@ -281,3 +282,37 @@ def test_an_evaluation_changes_nothing_and_sums_the_losses() -> None:
     assert float(loss_sum) == pytest.approx(whole.loss_sum, rel=1e-6)
     assert all(same(weights(stage), was) for stage, was in zip(stages, before, strict=True))
     assert all(stage.grad_sq() == () and stage.version == 0 for stage in stages)
+
+
+def test_in_mixed_precision_weights_are_cast_once_a_step_and_anew_after_a_commit() -> None:
+    """As on a GPU, by the CPU's autocast: no microbatch in flight holds a copy of the weights of its own."""
+
+    def casts_of(stage: StageEngine, microbatches: Sequence[Microbatch], step: int) -> list[int]:
+        stage.begin(step, 1)
+        outputs: list[torch.Tensor | None] = []
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            for microbatch, batch in enumerate(microbatches):
+                outputs.append(stage.forward(microbatch, None, batch))
+        made.append([None if output is None else output.clone() for output in outputs])
+        shapes = [e.input_shapes[0] for e in profiler.events() if e.name == "aten::_to_copy" and e.input_shapes]
+        return [shapes.count(list(p.shape)) for name, p in stage.params.items() if "mlp" in name]
+
+    made: list[list[torch.Tensor | None]] = []
+    first = engine(0, 2)
+    first._is_mixed = True
+    microbatches = batches(3)
+    mlp_sizes = [tuple(p.shape) for name, p in first.params.items() if "mlp" in name]
+    # Weights of one shape are counted together.
+    expected = [mlp_sizes.count(size) for size in mlp_sizes]
+    assert casts_of(first, microbatches, 0) == expected
+    for microbatch, output in enumerate(made[0]):
+        assert output is not None
+        first.backward(microbatch, torch.ones_like(output))
+    first.commit(commit_of(0, lr=0.5))
+    assert casts_of(first, microbatches, 1) == expected
+    # Of the new weights, not of the old ones.
+    assert not any(torch.equal(old, new) for old, new in zip(*made, strict=True))
+    # A step that is begun again after it was given up casts anew, too.
+    assert casts_of(first, microbatches, 1) == expected
+    first._forget_step()
+    assert not torch.is_autocast_enabled("cpu")

@@ -35,9 +35,9 @@ def test_memory_holds_at_least_the_weights_their_moments_and_the_logits() -> Non
 def test_memory_follows_what_is_in_flight() -> None:
     a = node("a")
     assert need(a, 3, 6, in_flight=8) > need(a, 3, 6, in_flight=4) > need(a, 3, 6, in_flight=2)
-    # The head keeps its log-softmax, in float32, of each.
+    # The head keeps of each its log-softmax, in float32, and what norm and head take.
     more = [need(a, start, stop, in_flight=3) - need(a, start, stop, in_flight=2) for start, stop in ((8, 12), (4, 8))]
-    assert more[0] - more[1] == 4 * BATCH.microbatch_tokens * MODEL.vocab_size
+    assert more[0] - more[1] == 4 * BATCH.microbatch_tokens * (MODEL.vocab_size + 2 * MODEL.hidden_size + 2)
     recomputing = replace(WORK, activation_checkpointing=True)
     assert need(a, 3, 6, in_flight=8) > need(a, 3, 6, in_flight=8, work=recomputing)
     gpipe, one_f = (plan(fleet(a, node("b")), stages=2, schedule=schedule) for schedule in ("gpipe", "1f1b"))
