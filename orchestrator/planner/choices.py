@@ -145,14 +145,19 @@ class PlanConfig:
 
 
 def allowed_fleet(fleet: Fleet, config: PlanConfig) -> Fleet:
-    """Return the part of a fleet that may be used."""
+    """Return the part of a fleet that may be used, its nodes region by region.
+
+    So a chain in the fleet's order, the plainest there is, crosses from a region to the next once.
+    """
     if config.regions is None:
-        return fleet
+        regions = list(dict.fromkeys(node.region for node in fleet.nodes))
+        return fleet.part(tuple(sorted(fleet.nodes, key=lambda node: regions.index(node.region))))
     there = sorted({node.region for node in fleet.nodes})
     for region in config.regions:
         if region not in there:
             raise PlanError(f"no node is in region {region} of plan.regions", f"the fleet has {', '.join(there)}")
-    return fleet.part(tuple(node for node in fleet.nodes if node.region in config.regions))
+    named = dict.fromkeys(config.regions)
+    return fleet.part(tuple(node for region in named for node in fleet.nodes if node.region == region))
 
 
 def noise_of(fleet: Fleet, config: PlanConfig) -> float:

@@ -280,3 +280,20 @@ def test_the_cut_is_kept_under_another_schedule_and_a_damaged_plan_is_not() -> N
     ):
         wrong = replace(before, stages=damaged)
         assert sizes(make_plan(slower, WORK, WireConfig(), PlanConfig(stages=3), wrong)) == sizes(anew)
+
+
+def test_nodes_of_a_region_stand_side_by_side_where_the_order_makes_no_difference_worth_moving_for() -> None:
+    cards = [replace(node(name), host=name, region=region) for name, region in zip("abcd", "xyxy", strict=True)]
+    # Frames hide under compute on every link, so that only the fill tells orders apart.
+    links = tuple(
+        link(a.node, b.node, 1000.0 if a.region == b.region else 50.0, 0.001 if a.region == b.region else 0.003)
+        for a in cards
+        for b in cards
+        if a is not b
+    )
+    made = plan(fleet(*cards, links=links), stages=4)
+    regions = [next(card.region for card in cards if card.node == stage.node) for stage in made.stages]
+    assert regions in (["x", "x", "y", "y"], ["y", "y", "x", "x"])
+    # As are the regions that are named, in the order in which they are.
+    named = plan(fleet(*cards, links=links), stages=4, regions=("y", "x"))
+    assert [stage.node for stage in named.stages] == ["b", "d", "a", "c"]
