@@ -58,10 +58,19 @@ def run_figures(run: Run, timed: slice) -> dict[str, Any]:
 
 
 def certified_step_s(run: Run) -> float:
-    """Return the step time below which no plan for this fleet gets, fill included."""
+    """Return the step time below which no plan for this fleet gets, fill included.
+
+    The first microbatch goes through all layers, each at best on the node that is fastest with it; the others follow at
+    the rate that is certified to be the most.
+    """
     plan = plan_ahead(run.config, run.fleet).plan
-    tokens = BATCH["seq_len"] * plan.microbatch_size * plan.num_microbatches
-    return tokens / plan.bound_tokens_per_s + plan.fill_s + plan.commit_s
+    tokens = BATCH["seq_len"] * plan.microbatch_size
+    times = [card.times_at(plan.microbatch_size) for card in run.fleet.nodes]
+    layer_s = min(t.layer_forward_s + t.layer_backward_s for t in times if t)
+    first_s = min(t.embedding_forward_s + t.embedding_backward_s for t in times if t)
+    last_s = min(t.head_forward_s + t.head_backward_s for t in times if t)
+    fill_s = run.config.model.num_layers * layer_s + first_s + last_s
+    return fill_s + (plan.num_microbatches - 1) * tokens / plan.bound_tokens_per_s
 
 
 def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
     if "certified_s" in measured:
         figures["of_certified"] = measured["certified_s"] / step_s
     if any(run["trouble"] for run in shaped):
-        figures = {name: math.inf if name in AT_MOST else 0.0 for name in figures}
+        figures |= {name: math.inf if name in AT_MOST else 0.0 for name in case.bounds}
     return {"figures": figures, "limit_binds": limit.binds, "bounds": case.bounds, "missed": missed(case, figures)}
 
 
