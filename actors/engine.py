@@ -69,6 +69,8 @@ class StageEngine:
             )
         self._forget_step()
         if self._is_mixed:
+            # What an evaluation cast has no gradient.
+            torch.clear_autocast_cache()
             # Else each microbatch would cast all weights anew, and hold its own copy until its backward.
             torch.autocast_increment_nesting()
             self._keeps_casts = True
@@ -178,6 +180,10 @@ class StageEngine:
         self._forget_step()
         self.version = commit.step + 1
 
+    def close(self) -> None:
+        """Let go of the step, on the thread that began it."""
+        self._forget_step()
+
     @torch.no_grad()
     def evaluate(self, hidden_BTD: torch.Tensor | None, batch: Microbatch | None) -> torch.Tensor:
         """Run one held-out microbatch forward; return hidden_BTD, or on the last stage the sum of its losses."""
@@ -207,6 +213,8 @@ class StageEngine:
             # Of other stages on this thread, too: each casts again what it needs.
             torch.clear_autocast_cache()
             self._keeps_casts = False
+        if self._put_off is not None:
+            self._put_off.forget_casts()
         self.optimizer.zero_grad(set_to_none=True)
         self._in_flight.clear()
         self._halved.clear()

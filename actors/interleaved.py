@@ -2,7 +2,7 @@
 
 PURE. Of N nodes with V chunks each, chunk c of node n is virtual stage c * N + n (Narayanan et al., arXiv 2104.04473).
 A chunk takes 1/V of the time of all of a node's layers, so the pipeline fills in 1/V of it; what crosses links is V
-times as much. Nodes do not run this order yet, and no plan has it.
+times as much.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ def play_chunks(orders: Sequence[Sequence[ChunkAction]], times: PipelineTimes) -
     """Return when each node's actions run, if each node does its own in order, each as soon as it can.
 
     `times` are of virtual stages, N * V of them, and of the cuts between them. As `actors.play.play`, but for what the
-    chunks of a node share: its compute and, in each direction, its link to the next node or to the one before. Raises
+    chunks of a node share: its compute, and its way to the next node and to the one before. Raises
     ScheduleError where an order lets nodes wait for ever. Seconds in and out; linear in the number of actions.
     """
     num_nodes, last = len(orders), times.num_stages - 1
     # When what an action waits for is there, by operation, virtual stage and microbatch.
     ready_s: dict[tuple[Op, int, int], float] = {}
-    link_free_s: dict[tuple[Op, int], float] = {}
+    # By the nodes at its ends: of two nodes, activations and gradients go the same way.
+    link_free_s: dict[tuple[int, int], float] = {}
     starts = [list[float]() for _ in orders]
     ends = [list[float]() for _ in orders]
     runnable = dict.fromkeys(range(num_nodes))
@@ -90,8 +91,9 @@ def play_chunks(orders: Sequence[Sequence[ChunkAction]], times: PipelineTimes) -
                 is_down = op is Op.FORWARD
                 send_s = (times.send_down_s_L if is_down else times.send_up_s_L)[cut]
                 delay_s = (times.delay_down_s_L if is_down else times.delay_up_s_L)[cut]
-                sent_s = max(end_s, link_free_s.get((op, node), 0.0)) + send_s
-                link_free_s[op, node] = sent_s
+                way = node, target % num_nodes
+                sent_s = max(end_s, link_free_s.get(way, 0.0)) + send_s
+                link_free_s[way] = sent_s
                 ready_s[op, target, microbatch] = sent_s + delay_s
                 runnable[target % num_nodes] = None
     for node, order in enumerate(orders):

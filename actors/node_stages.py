@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from actors.errors import OutOfDeviceMemory
+from actors.errors import IsthmusError, OutOfDeviceMemory
 from actors.frame import target_of
 from actors.interleaved import node_actions
 from actors.link import Carrier
@@ -32,7 +32,7 @@ class NodeStages:
     def __init__(self, assignments: Sequence[Assignment], carrier_to: Callable[[int], Carrier]) -> None:
         """Build each stage; `carrier_to` gives the way to a stage's neighbour."""
         resident = ResidentMemory()
-        self._stages = {own.stage: Stage(own, carrier_to, resident) for own in assignments}
+        self._stages = {own.stage: Stage(own, carrier_to, resident, self._fail) for own in assignments}
         # What was last asked and answered, so that the same order gets the same reports.
         self._last_step: tuple[StepOrder, tuple[StepReport, ...]] | None = None
         self._last_evaluation: tuple[EvalOrder, tuple[EvalReport, ...]] | None = None
@@ -104,6 +104,11 @@ class NodeStages:
     @property
     def _first(self) -> Stage:
         return self._all[0]
+
+    def _fail(self, generation: int, error: IsthmusError) -> None:
+        """Make the step fail in every stage: the node may be waiting in another one than that whose link failed."""
+        for stage in self._all:
+            stage.fail(generation, error)
 
     def _actions(self, timelines: dict[int, Timeline]) -> Iterator[tuple[int, Action]]:
         """Yield what this node does in a step, and on which of its stages."""

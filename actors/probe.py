@@ -175,6 +175,8 @@ class _Stopwatch:
     ) -> tuple[float, float]:
         """Return the median seconds of forward and of backward."""
         times: list[tuple[float, float]] = []
+        # As in a run: weights are cast once, by what warms up.
+        torch.autocast_increment_nesting()
         for _ in range(_REPEATS + 1):
             began_s = self._now_s()
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
@@ -186,6 +188,8 @@ class _Stopwatch:
             if ended_s - began_s > _LONG_S:
                 # Its warming up does not show.
                 break
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
         kept = times[1:] or times
         forwards, backwards = zip(*kept, strict=True)
         return sorted(forwards)[len(kept) // 2], sorted(backwards)[len(kept) // 2]

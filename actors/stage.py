@@ -18,7 +18,7 @@ from actors.codecs import Codec, codec_for
 from actors.data import Microbatch, TokenSource
 from actors.dispatch import Dispatch
 from actors.engine import StageEngine
-from actors.errors import DataError, GenerationStale, StageError
+from actors.errors import DataError, GenerationStale, IsthmusError, StageError
 from actors.frame_log import drain_times
 from actors.kernels.dispatch import prepare_kernels
 from actors.link import Carrier, Link, LinkSettings
@@ -65,12 +65,20 @@ def pick_device() -> torch.device:
 class Stage:
     """One stage of one run on this node."""
 
-    def __init__(self, assignment: Assignment, carrier_to: Callable[[int], Carrier], resident: ResidentMemory) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        carrier_to: Callable[[int], Carrier],
+        resident: ResidentMemory,
+        on_failure: Callable[[int, IsthmusError], None],
+    ) -> None:
         """Build the stage's layers, mailbox and links; `carrier_to` gives the way to a neighbouring stage.
 
-        What the process holds is counted by `resident`, whatever stage it is for.
+        What the process holds is counted by `resident`, whatever stage it is for; `on_failure` hears of the generation
+        in which a link failed, from the link's thread.
         """
         self._assignment = assignment
+        self._on_failure = on_failure
         own = assignment.own
         model = DecoderStage(
             assignment.model,
@@ -195,6 +203,10 @@ class Stage:
         """End every generation up to this one; a step that waits for its frames fails at once."""
         self._mailbox.abort(generation)
 
+    def fail(self, generation: int, error: IsthmusError) -> None:
+        """Make the step fail that is open: a link of this node did."""
+        self._mailbox.fail(generation, error)
+
     def receive(self, chunk: bytes) -> Receipt:
         """Take one chunk from a peer."""
         began_s = time.monotonic()
@@ -212,6 +224,7 @@ class Stage:
             if outlet is not None:
                 outlet.link.close()
         self._saver.close(self._assignment.timeouts.ack_s)
+        self._engine.close()
 
     def _in_flight(self, stage: int) -> int:
         """Return how many microbatches a stage keeps in flight at most."""
@@ -333,7 +346,7 @@ class Stage:
             give_up_s=assignment.timeouts.frame_s,
             canary_every=assignment.canary_every,
         )
-        link = Link(settings, carrier_to(neighbour), self._mailbox.fail)
+        link = Link(settings, carrier_to(neighbour), self._on_failure)
         return Outlet(link=link, codec=self._outgoing(neighbour))
 
     def _tuned(self, outlet: Outlet | None, neighbour: int) -> Outlet | None:

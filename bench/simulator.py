@@ -1,4 +1,4 @@
-"""The simulator against the runtime as it is: step time and memory of real runs on lab networks, and what was foreseen.
+"""The simulator against the runtime as it is: steps and tensors of real runs on lab networks, and what was foreseen.
 
     python -m bench.simulator [--quick] [--check]
 
@@ -30,7 +30,8 @@ from bench.record import parse_arguments, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, Trial, rivals
 from bench.wan_cases import MODEL
 from bench.wan_field import Field, Run, open_field
-from orchestrator.planner.build import Workload, make_problem
+from orchestrator.planner.build import FRAME_COPIES, Workload, make_problem
+from orchestrator.planner.evaluate import memory_bytes
 from orchestrator.planner.problem import Problem
 from orchestrator.records import StepRecord
 from orchestrator.simulator.overheads import MEASURED_ON_CPU, Overheads
@@ -161,6 +162,7 @@ def tensor_bytes(real: Real, stage: int) -> int:
         [Action(ops[action.name], action.microbatch) for action in recorded if action.name in ops],
         config.batch,
         document_mask=config.data.document_mask,
+        activation_checkpointing=config.train.activation_checkpointing,
     )
 
 
@@ -189,6 +191,20 @@ def judge(real: Real) -> dict[str, Any]:
     """Return what was foreseen of a run and what it did."""
     plan, steps = real.run.plan, real.steps
     simulation = real.simulated(real.problem, LAB)
+    placement = placement_of(plan, real.run.fleet)
+    frames_N = FRAME_COPIES * real.problem.raw_frame_bytes_N
+    # Frames that wait are not among the tensors that are counted below.
+    foreseen = [
+        memory_bytes(
+            real.problem,
+            node,
+            placement.bounds[stage],
+            placement.bounds[stage + 1],
+            int(simulation.in_flight_peak_U[stage]),
+        )
+        - float(frames_N[node])
+        for stage, (node,) in enumerate(placement.nodes)
+    ]
     held = [max(step.stages[i].held_bytes for step in real.run.history.steps) for i in range(len(plan.stages))]
     taken = [tensor_bytes(real, stage.stage) for stage in plan.stages]
     return {
@@ -210,10 +226,11 @@ def judge(real: Real) -> dict[str, Any]:
         "idle_shares": [statistics.mean(step.stages[i].idle_share for step in steps) for i in range(len(plan.stages))],
         "simulated_idle_shares": simulation.idle_share_U.tolist(),
         "held_bytes": held,
-        "simulated_bytes": simulation.memory_bytes_U.tolist(),
+        "simulated_bytes": foreseen,
+        "simulated_with_frames_bytes": simulation.memory_bytes_U.tolist(),
         "planned_bytes": [stage.memory_bytes for stage in plan.stages],
         "tensor_bytes": taken,
-        "memory_ratios": [float(s) / t for s, t in zip(simulation.memory_bytes_U, taken, strict=True)],
+        "memory_ratios": [f / t for f, t in zip(foreseen, taken, strict=True)],
     }
 
 

@@ -51,6 +51,8 @@ class StageTime:
     stage: int
     num_steps: int
     parts: tuple[Part, ...]
+    # How many stages its node has: each has a part of what the node lost.
+    num_on_node: int = 1
 
     @property
     def total_s(self) -> float:
@@ -64,3 +66,7 @@ class StageTime:
         """Return the same as a share of all; 0 where there is nothing."""
         total_s = self.total_s
         return self.seconds(*causes) / total_s if total_s > 0 else 0.0
+
+    def node_share(self, *causes: Cause) -> float:
+        """Return the same of the node, as if its other stages were as this one: over all stages the mean is right."""
+        return self.num_on_node * self.share(*causes)

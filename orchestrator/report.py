@@ -27,7 +27,7 @@ from orchestrator.console import duration_text
 from orchestrator.events import History, read_history
 from orchestrator.late_frames import with_late_frames
 from orchestrator.pictures import BLUE, VERMILLION, Curve, curves_picture, timeline_picture
-from orchestrator.records import LinkRecord, StepRecord
+from orchestrator.records import LinkRecord, StageRecord, StepRecord
 from orchestrator.runfolder import RunFolder, disk_errors, write_atomic
 from orchestrator.status import Status, read_status
 from orchestrator.tracefile import trace_document
@@ -70,12 +70,17 @@ class RunTotals:
     wire_bytes: int
 
 
+def _num_nodes(stages: Sequence[StageRecord]) -> int:
+    """Return how many nodes stages are on: those of one seat share one."""
+    return len({stage.seat for stage in stages if stage.seat is not None}) or len(stages)
+
+
 def totals(history: History) -> RunTotals:
     """Return what a run came to."""
     steps = history.steps
     seconds = sum(step.step_s for step in steps)
     return RunTotals(
-        num_nodes=len(steps[-1].stages) if steps else 0,
+        num_nodes=_num_nodes(steps[-1].stages) if steps else 0,
         num_steps=len(steps),
         tokens=steps[-1].total_tokens if steps else 0,
         loss=steps[-1].loss if steps else None,

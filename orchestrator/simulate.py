@@ -69,7 +69,7 @@ class Scene:
         """How a run plans anew: with the microbatches and the schedule that it began with, and a small search."""
         plan = self.config.plan
         evaluations = min(_REPLAN_EVALUATIONS, plan.evaluations or _REPLAN_EVALUATIONS)
-        return replace(plan, microbatch_sizes=None, schedule=self.plan.schedule, evaluations=evaluations)
+        return replace(plan.searched, microbatch_sizes=None, schedule=self.plan.schedule, evaluations=evaluations)
 
     @property
     def overheads(self) -> Overheads:
@@ -92,7 +92,7 @@ def open_scene(source: Path, words: Sequence[str]) -> Scene:
     else:
         fleet = load_fleet(source, workload(config), config.plan.batches(config.batch))
         plan = make_chain(fleet, workload(config), config.wire, config.plan)
-    if plan.num_nodes < len(plan.stages):
+    if plan.num_nodes < len(plan.stages) or config.plan.schedule == "interleaved":
         raise PlanError(
             f"{source} is of an interleaved plan; a simulated node holds one stage",
             "isthmus plan shows what an interleaved step takes; to simulate, set another plan.schedule",

@@ -58,11 +58,13 @@ def where_time_went(
     """
     totals: dict[int, dict[tuple[Cause, Place], float]] = defaultdict(lambda: defaultdict(float))
     num_steps: dict[int, int] = defaultdict(int)
+    num_on_node: dict[int, int] = {}
     for record in steps:
         starts = step_starts(record.stages, figures) if _can_tell(record) else None
         if starts is None:
             continue
         step = _Step(record, starts, frame_ways(record.stages, starts, figures))
+        num_on_node |= {stage: len(node) for stage, node in _nodes(record)}
         for stage in record.stages:
             num_steps[stage.stage] += 1
             for cause, place, seconds in step.parts(stage.stage):
@@ -71,6 +73,7 @@ def where_time_went(
         StageTime(
             stage=stage,
             num_steps=num_steps[stage],
+            num_on_node=num_on_node[stage],
             parts=tuple(
                 Part(cause=cause, place=place, seconds=seconds)
                 for (cause, place), seconds in sorted(totals[stage].items(), key=lambda item: -item[1])
@@ -91,7 +94,7 @@ def telling_steps(steps: Iterable[StepRecord]) -> tuple[StepRecord, ...]:
 
 
 def _can_tell(record: StepRecord) -> bool:
-    """Whether a step has a node a stage, each with its own clock's step, and times that are numbers."""
+    """Whether a step has one node for each stage, each with its own clock's step, and times that are numbers."""
     stages = record.stages
     if record.is_simulated or not stages or len({stage.stage for stage in stages}) < len(stages):
         return False

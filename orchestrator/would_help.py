@@ -54,7 +54,7 @@ def would_help(times: Sequence[StageTime], steps: Sequence[StepRecord], plan: Pl
         return ()
     losses = [loss for loss in _losses(times, steps, plan) if loss.share >= _LEAST_SHARE]
     losses.sort(key=lambda loss: -loss.share)
-    compute = fmean(time.share(*_COMPUTE) for time in times)
+    compute = fmean(time.node_share(*_COMPUTE) for time in times)
     if not losses:
         return (f"stages compute {compute:.0%} of the time: only faster nodes or less to compute would help",)
     return tuple(loss.say() for loss in losses[:_MOST_SENTENCES])
@@ -62,11 +62,13 @@ def would_help(times: Sequence[StageTime], steps: Sequence[StepRecord], plan: Pl
 
 def _losses(times: Sequence[StageTime], steps: Sequence[StepRecord], plan: Plan | None) -> list[_Loss]:
     def lost(*causes: Cause) -> float:
-        return fmean(time.share(*causes) for time in times)
+        return fmean(time.node_share(*causes) for time in times)
 
     def lost_at(place: Place, *causes: Cause) -> float:
         return fmean(
-            sum(part.seconds for part in time.parts if part.cause in causes and part.place == place) / time.total_s
+            time.num_on_node
+            * sum(part.seconds for part in time.parts if part.cause in causes and part.place == place)
+            / time.total_s
             if time.total_s > 0
             else 0.0
             for time in times
@@ -76,7 +78,8 @@ def _losses(times: Sequence[StageTime], steps: Sequence[StepRecord], plan: Plan 
         return {part.place for time in times for part in time.parts if part.cause in causes}
 
     flight, delay = lost(Cause.IN_FLIGHT, Cause.DELAY), lost(Cause.DELAY)
-    bubble, driver = lost(Cause.BUBBLE), lost(Cause.DRIVER)
+    # The driver's part is the same for all stages of a node.
+    bubble, driver = lost(Cause.BUBBLE), fmean(time.share(Cause.DRIVER) for time in times)
     losses = [
         _Loss(share=bubble, say=lambda: _bubble_text(bubble, steps, len(times))),
         _Loss(share=flight, say=lambda: _flight_text(flight, delay, plan)),

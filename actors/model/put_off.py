@@ -31,6 +31,18 @@ class PutOff:
 
     def __init__(self) -> None:
         self._products: list[Product] | None = None
+        # What autocast keeps for products that are not made apart: a weight's cast, for all microbatches of a step.
+        self._casts: dict[nn.Parameter, Tensor] = {}
+
+    def cast(self, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Return a weight in another dtype, without gradient: the same until `forget_casts`."""
+        if weight not in self._casts:
+            self._casts[weight] = weight.detach().to(dtype)
+        return self._casts[weight]
+
+    def forget_casts(self) -> None:
+        """Cast anew from now on: weights are about to change."""
+        self._casts.clear()
 
     @property
     def is_open(self) -> bool:
@@ -75,7 +87,7 @@ class _Apart(torch.autograd.Function):
         cast_OI = weight_OI
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            input_BTI, cast_OI = input_BTI.to(dtype), weight_OI.to(dtype)
+            input_BTI, cast_OI = input_BTI.to(dtype), put_off.cast(weight_OI, dtype)
         ctx.save_for_backward(input_BTI, cast_OI)
         return functional.linear(input_BTI, cast_OI)
 

@@ -32,7 +32,7 @@ class PlanConfig:
     objective: Objective = "throughput"
     min_tokens_per_s: float | None = None
     max_dollars_per_hour: float | None = None
-    # How many stages; None: as many as serve best.
+    # How many stages, of interleaved how many nodes; None: as many as serve best.
     stages: int | None = None
     # Layers of each stage, in order; None: the planner's choice.
     split: tuple[int, ...] | None = None

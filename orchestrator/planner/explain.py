@@ -48,7 +48,9 @@ def explained_plan(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanC
         alternatives=alternatives + tuple(_single_regions(option, fleet, work, wire, searched)),
         advice=tuple(_advice(option, searched)),
     )
-    return with_chunks(plan, option, config)
+    interleaved = with_chunks(plan, option, config)
+    # What would help was found for the chain.
+    return interleaved if interleaved is plan else replace(interleaved, advice=())
 
 
 def _bound_tokens_per_s(option: Option, config: PlanConfig) -> float:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
 
-from actors.errors import PlanError
+from actors.errors import ConfigError, PlanError
 from actors.interleaved import ChunkAction, node_actions, play_chunks
 from actors.schedule import Op
 from actors.spec import Alternative, Plan, StagePlan
 from orchestrator.planner.assemble import Option, link_plan
 from orchestrator.planner.choices import PlanConfig, cores_are_shared, noise_of
 from orchestrator.planner.codecs import loss_share
-from orchestrator.planner.evaluate import compute_s
+from orchestrator.planner.evaluate import LinkUse, compute_s
 from orchestrator.planner.link_codecs import with_codecs
 from orchestrator.planner.played import pipeline_times
 from orchestrator.planner.problem import Placement, Problem
@@ -44,27 +44,54 @@ def with_chunks(plan: Plan, option: Option, config: PlanConfig, before: Plan | N
     may_be_chosen = config.schedule is None and config.split is None and config.objective == "throughput"
     # Where nodes share cores, what one does not use the others do.
     may_be_chosen &= is_chain and not cores_are_shared(option.fleet)
+    # Codecs that are set for single links are meant for those of a chain.
+    may_be_chosen &= not option.wire.links
     if not is_asked_for and not may_be_chosen:
         return plan
+    num_layers = option.problem.num_layers
+    if config.split is not None and sum(config.split) != num_layers:
+        raise ConfigError(
+            f"plan.split has {sum(config.split)} layers, the model {num_layers}",
+            f"make plan.split sum to {num_layers}",
+        )
     found = list(_candidates(option, config, before))
     if not found:
         if not is_asked_for:
             return plan
-        raise PlanError(
-            f"no interleaved plan fits: {option.work.model.num_layers} layers on "
-            f"{option.placement.num_stages} nodes, {config.chunks or 'at least 2'} chunks of layers on each",
-            "set fewer plan.chunks or plan.stages, or leave out plan.schedule",
-        )
+        raise _refusal(option, config)
     fastest = min(found, key=lambda chunks: chunks.step_s)
     best_s = fastest.step_s if is_asked_for else min(fastest.step_s, plan.step_s)
     noise = noise_of(option.fleet, config)
     # What was run before comes first, then fewer chunks.
     for chunks in found:
-        is_kept = before is not None and _bounds(before) == chunks.placement.bounds
+        is_kept = before is not None and _is_of(before, chunks)
         is_free = is_kept or is_asked_for or chunks.step_s <= (1 - noise) * plan.step_s
         if is_free and chunks.step_s * (1 - noise) <= best_s:
             return _plan_of(chunks, plan)
     return plan
+
+
+def _refusal(option: Option, config: PlanConfig) -> PlanError:
+    """Return why there is no interleaved plan at all."""
+    num_nodes, num_chunks = option.placement.num_stages, config.chunks or 2
+    if num_nodes < 2:
+        why, remedy = "the best chain has one node", "set plan.stages to 2 or more nodes"
+    elif num_nodes > _MOST_NODES:
+        why, remedy = f"the best chain has {num_nodes} nodes", f"set plan.stages to {_MOST_NODES} nodes or fewer"
+    elif num_nodes * num_chunks > option.problem.num_layers:
+        why = f"{option.problem.num_layers} layers are too few for {num_chunks} stages on each of {num_nodes} nodes"
+        remedy = "set fewer plan.chunks, or fewer nodes by plan.stages"
+    elif _num_actions(option, num_chunks) > _MOST_ACTIONS:
+        why = f"{option.problem.num_microbatches} microbatches make orders too long to be played"
+        remedy = "set a larger batch.microbatch_size"
+    else:
+        why = f"{num_chunks} stages on each of {num_nodes} nodes do not fit their memory"
+        remedy = "set a smaller batch.microbatch_size, train.activation_checkpointing=true, or more nodes"
+    return PlanError(f"no interleaved plan: {why}", f"{remedy}, or leave out plan.schedule")
+
+
+def _num_actions(option: Option, num_chunks: int) -> int:
+    return 2 * option.placement.num_stages * num_chunks * option.problem.num_microbatches
 
 
 def _candidates(option: Option, config: PlanConfig, before: Plan | None) -> Iterator[_Chunks]:
@@ -76,15 +103,19 @@ def _candidates(option: Option, config: PlanConfig, before: Plan | None) -> Iter
         if fixed.short_bytes <= 0:
             yield fixed
         return
-    if before is not None and before.num_nodes < len(before.stages):
+    if before is not None and _may_be_kept(before, config):
         kept = _kept(option, config, before)
         if kept is not None and kept.short_bytes <= 0:
             yield kept
     if not 2 <= num_nodes <= _MOST_NODES:
         return
+    chooses_codecs = config.quality_budget is not None or bool(option.wire.thin)
     for num_chunks in (config.chunks,) if config.chunks else range(2, _MOST_CHUNKS + 1):
-        num_actions = 2 * num_nodes * num_chunks * option.problem.num_microbatches
+        num_actions = _num_actions(option, num_chunks)
         if num_nodes * num_chunks > num_layers or num_actions > _MOST_ACTIONS:
+            return
+        # For each link every codec that it might have is played.
+        if chooses_codecs and num_actions * num_nodes * num_chunks > _POLISHING_ACTIONS:
             return
         best = _moved(_chunks(option, config, option.placement.nodes, _dealt(option.placement, num_chunks)))
         if best.short_bytes <= 0:
@@ -126,7 +157,20 @@ class _Chunks:
 
     @property
     def step_s(self) -> float:
-        return self.played_s + self.commit_s
+        """The seconds of a step, ways that links share included, which are not played."""
+        return max(self.played_s, self._shared_s) + self.commit_s
+
+    @property
+    def _shared_s(self) -> float:
+        """How long nodes' own ways out and in, and what regions share, are busy in a step at least."""
+        placement, nodes = self.placement, [node for (node,) in self.placement.nodes]
+        use = LinkUse(self.option.problem, placement, down=True, up=True)
+        own_s = [
+            max(map(sum, zip(*(use.ways_s(stage, nodes[stage]) for stage in stages), strict=True)))
+            for stages in (range(seat, len(nodes), self.num_nodes) for seat in range(self.num_nodes))
+        ]
+        pair_s = use.shared_s([(stage, a, b, 1.0) for stage, (a, b) in enumerate(pairwise(nodes))])
+        return self.option.problem.num_microbatches * max(*own_s, pair_s)
 
     @cached_property
     def memory_S(self) -> tuple[float, ...]:
@@ -220,8 +264,8 @@ def _moved(chunks: _Chunks) -> _Chunks:
         left -= len(around)
         fitting = [near for near in around if near.short_bytes <= max(0.0, chunks.short_bytes)]
         best = min(fitting, key=lambda near: (max(0.0, near.short_bytes), near.step_s), default=chunks)
-        is_better = best.short_bytes < min(0.0, chunks.short_bytes) or best.step_s < chunks.step_s * (1 - _ROUNDING)
-        if not is_better and not best.short_bytes < chunks.short_bytes > 0:
+        is_roomier = best.short_bytes < chunks.short_bytes and chunks.short_bytes > 0
+        if not is_roomier and best.step_s >= chunks.step_s * (1 - _ROUNDING):
             break
         chunks = best
     return chunks
@@ -252,6 +296,19 @@ def _kept(option: Option, config: PlanConfig, before: Plan) -> _Chunks | None:
         return None
     sizes = [stop - start for start, stop in pairwise(bounds)]
     return _chunks(option, config, [(index[name],) for name in names[: before.num_nodes]], sizes)
+
+
+def _may_be_kept(before: Plan, config: PlanConfig) -> bool:
+    """Return whether a plan is interleaved, and nothing is set that it was not found under or might not keep to."""
+    num_nodes = before.num_nodes
+    if num_nodes == len(before.stages) or config.pins or config.after or config.max_dollars_per_hour is not None:
+        return False
+    is_asked = config.chunks in (None, len(before.stages) // num_nodes)
+    return is_asked and config.stages in (None, num_nodes)
+
+
+def _is_of(plan: Plan, chunks: _Chunks) -> bool:
+    return plan.num_nodes == chunks.num_nodes and _bounds(plan) == chunks.placement.bounds
 
 
 def _bounds(plan: Plan) -> tuple[int, ...]:

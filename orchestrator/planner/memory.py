@@ -1,7 +1,8 @@
 """What tensors take on a node, from the shapes alone: of a block, of a microbatch in flight, of the head.
 
 PURE. On a CPU, float32 throughout, this is what torch's allocator gives out, tensor by tensor (tests hold it to the
-profiler's count). In mixed precision on a GPU, where nothing was counted yet, it is meant to be on the high side.
+profiler's count). In mixed precision on a GPU nothing was counted yet: activations are meant to be on the high side;
+the cast of the weights, two bytes a parameter, is not in it.
 """
 
 from __future__ import annotations

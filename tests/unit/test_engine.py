@@ -314,5 +314,7 @@ def test_in_mixed_precision_weights_are_cast_once_a_step_and_anew_after_a_commit
     assert not any(torch.equal(old, new) for old, new in zip(*made, strict=True))
     # A step that is begun again after it was given up casts anew, too.
     assert casts_of(first, microbatches, 1) == expected
-    first._forget_step()
-    assert not torch.is_autocast_enabled("cpu")
+    first.close()
+    # Nothing is held: the next context that closes finds itself the outermost.
+    assert torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()

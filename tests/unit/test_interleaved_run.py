@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from actors.errors import OutOfDeviceMemory
+from actors.errors import FrameUnexpected, OutOfDeviceMemory
 from actors.frame import HEADER_BYTES, target_of
 from actors.mailbox import Verdict
 from orchestrator.causes import Cause
@@ -44,6 +46,32 @@ def test_two_nodes_of_two_stages_are_four_nodes_of_one(
     (losses, weights), (expected, expected_weights) = found
     assert losses == expected
     assert all(torch.equal(weights[name], weight) for name, weight in expected_weights.items())
+
+
+@pytest.mark.parametrize(("num_nodes", "chunks"), [(3, 2), (2, 3)])
+def test_six_stages_on_fewer_nodes_are_six_nodes_of_one(num_nodes: int, chunks: int, tmp_path: Path) -> None:
+    losses: list[list[float]] = []
+    for config in (interleaved(tmp_path, chunks, "model.num_layers=6"), small_config(tmp_path, "model.num_layers=6")):
+        with open_pipeline(config, (1,) * 6) as pipeline:
+            assert len(pipeline.nodes) == (num_nodes if config.plan.chunks else 6)
+            pipeline.load()
+            pipeline.run(2)
+            losses.append(pipeline.losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_link_that_fails_ends_the_step_whatever_stage_the_node_waits_in(tmp_path: Path) -> None:
+    config = interleaved(tmp_path, 2, "timeouts.ack_s=5", "timeouts.frame_s=30")
+    with open_pipeline(config, STAGES) as pipeline:
+        pipeline.load()
+        node = pipeline.nodes[0]
+        # The other node takes no part: this one waits in its second stage for what never comes.
+        calls = ThreadPoolExecutor(1).submit(node.step, pipeline._order(run_step=True))
+        began_s = time.monotonic()
+        node._stages[0]._on_failure(pipeline.state.generation, FrameUnexpected("stage 1 refused a frame"))
+        with pytest.raises(FrameUnexpected, match="stage 1 refused"):
+            calls.result(timeout=20)
+        assert time.monotonic() - began_s < 20
 
 
 def test_a_step_tried_again_is_the_same_step_and_an_order_twice_the_same_report(tmp_path: Path) -> None:
@@ -123,10 +151,11 @@ def test_a_nodes_stages_share_its_time(tmp_path: Path) -> None:
         assert stages[one].idle_share == stages[other].idle_share
         busy_s = reports[one].compute_s + reports[other].compute_s
         assert stages[one].idle_share == pytest.approx(1 - busy_s / step_s)
-    times = where_time_went([replace(make_step(0), step_s=step_s, stages=stages)], {})
-    assert len(times) == 4
-    for time in times:
-        assert sum(time.share(cause) for cause in Cause) == pytest.approx(1.0)
+    lost = where_time_went([replace(make_step(0), step_s=step_s, stages=stages)], {})
+    assert len(lost) == 4
+    for own in lost:
+        assert sum(own.share(cause) for cause in Cause) == pytest.approx(1.0)
         # What its node did for the other stage is neither this one's waiting nor unknown.
-        other = reports[(time.stage + 2) % 4]
-        assert time.seconds(Cause.TURN) >= 0.99 * other.compute_s
+        other = reports[(own.stage + 2) % 4]
+        assert own.seconds(Cause.TURN) >= 0.99 * other.compute_s
+        assert own.num_on_node == 2
