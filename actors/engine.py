@@ -8,11 +8,13 @@ change only in `commit`, which applied twice is applied once.
 from __future__ import annotations
 
 import resource
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
+from actors.casts import keeping_casts
 from actors.data import Microbatch
 from actors.errors import StageError
 from actors.model.decoder import DecoderStage, token_losses
@@ -52,8 +54,8 @@ class StageEngine:
         self._num_targets = 0
         self._step_targets = 1
         self._nonfinite: list[torch.Tensor] = []
-        # Whether what a step's first microbatch made of the weights in bfloat16 is there for the others.
-        self._keeps_casts = False
+        # What a step's first microbatch made of the weights in bfloat16, for the others.
+        self._casts = ExitStack()
 
     @property
     def boundary_dtype(self) -> torch.dtype:
@@ -69,11 +71,8 @@ class StageEngine:
             )
         self._forget_step()
         if self._is_mixed:
-            # What an evaluation cast has no gradient.
-            torch.clear_autocast_cache()
             # Else each microbatch would cast all weights anew, and hold its own copy until its backward.
-            torch.autocast_increment_nesting()
-            self._keeps_casts = True
+            self._casts.enter_context(keeping_casts())
         self._step_targets = max(1, step_targets)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -208,11 +207,7 @@ class StageEngine:
         return tensor.to(self.device, non_blocking=True)
 
     def _forget_step(self) -> None:
-        if self._keeps_casts:
-            torch.autocast_decrement_nesting()
-            # Of other stages on this thread, too: each casts again what it needs.
-            torch.clear_autocast_cache()
-            self._keeps_casts = False
+        self._casts.close()
         if self._put_off is not None:
             self._put_off.forget_casts()
         self.optimizer.zero_grad(set_to_none=True)

@@ -27,9 +27,9 @@ MAX_FRAME_BYTES = 1 << 34
 
 # magic, version, codec, kind, dtype | flags, bits, block, dims, kept | shape | seed, run | generation, step,
 # microbatch | source, target | chunk, num_chunks | offset, frame size | payload size, payload checksum
-_BODY = struct.Struct("<4sBBBB BBHBxH 4I QQ IQI HH II QQ II")
-_TARGET = struct.Struct("<H")
-_TARGET_OFFSET = struct.calcsize("<4sBBBB BBHBxH 4I QQ IQI H")
+_BEFORE_TARGET = "<4sBBBB BBHBxH 4I QQ IQI H"
+_BODY = struct.Struct(f"{_BEFORE_TARGET} H II QQ II")
+_TARGET, _TARGET_OFFSET = struct.Struct("<H"), struct.calcsize(_BEFORE_TARGET)
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _BODY.size + _CRC.size
 

@@ -33,6 +33,8 @@ class NodeStages:
         """Build each stage; `carrier_to` gives the way to a stage's neighbour."""
         resident = ResidentMemory()
         self._stages = {own.stage: Stage(own, carrier_to, resident, self._fail) for own in assignments}
+        self._all = tuple(self._stages.values())
+        self._first = self._all[0]
         # What was last asked and answered, so that the same order gets the same reports.
         self._last_step: tuple[StepOrder, tuple[StepReport, ...]] | None = None
         self._last_evaluation: tuple[EvalOrder, tuple[EvalReport, ...]] | None = None
@@ -96,14 +98,6 @@ class NodeStages:
         """Stop the threads of each stage."""
         for stage in self._all:
             stage.close()
-
-    @property
-    def _all(self) -> Sequence[Stage]:
-        return tuple(self._stages.values())
-
-    @property
-    def _first(self) -> Stage:
-        return self._all[0]
 
     def _fail(self, generation: int, error: IsthmusError) -> None:
         """Make the step fail in every stage: the node may be waiting in another one than that whose link failed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from actors.casts import keeping_casts
 from actors.errors import PlanError
 from actors.fleet_spec import PartTimes
 from actors.model.decoder import DecoderStage, token_losses
@@ -176,20 +177,18 @@ class _Stopwatch:
         """Return the median seconds of forward and of backward."""
         times: list[tuple[float, float]] = []
         # As in a run: weights are cast once, by what warms up.
-        torch.autocast_increment_nesting()
-        for _ in range(_REPEATS + 1):
-            began_s = self._now_s()
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-                out = forward()
-            middle_s = self._now_s()
-            backward(out)
-            ended_s = self._now_s()
-            times.append((middle_s - began_s, ended_s - middle_s))
-            if ended_s - began_s > _LONG_S:
-                # Its warming up does not show.
-                break
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
+        with keeping_casts():
+            for _ in range(_REPEATS + 1):
+                began_s = self._now_s()
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                    out = forward()
+                middle_s = self._now_s()
+                backward(out)
+                ended_s = self._now_s()
+                times.append((middle_s - began_s, ended_s - middle_s))
+                if ended_s - began_s > _LONG_S:
+                    # Its warming up does not show.
+                    break
         kept = times[1:] or times
         forwards, backwards = zip(*kept, strict=True)
         return sorted(forwards)[len(kept) // 2], sorted(backwards)[len(kept) // 2]

@@ -6,31 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.store import open_store
-from actors.token_shards import SPLITS, DataManifest, ShardWriter
+from tests.unit.prepared_data import write_data
 
-NUM_TOKENS = {"train": 280_000, "val": 20_000}
+NUM_TRAIN, NUM_VAL = 280_000, 20_000
 
 
 def write_random_tokens(folder: Path, vocab_size: int) -> None:
-    """Write a train and a held-out split."""
+    """Write a train and a held-out split, each in one shard."""
     generator = np.random.default_rng(1)
-    shards = []
-    for split in SPLITS:
-        tokens = generator.integers(1, vocab_size, size=NUM_TOKENS[split])
-        writer = ShardWriter(open_store(str(folder)), split, "uint16", len(tokens))
-        writer.append(tokens)
-        shards += writer.close()
-    manifest = DataManifest(
-        version=1,
-        dtype="uint16",
-        vocab_size=vocab_size,
-        eos_id=0,
-        tokenizer_sha256="0" * 64,
-        options_sha256="0" * 64,
-        source="random tokens",
-        num_documents=1,
-        unigram_loss=0.0,
-        shards=tuple(shards),
-    )
-    open_store(str(folder)).put("manifest.json", manifest.to_json())
+    train, val = (generator.integers(1, vocab_size, size=size) for size in (NUM_TRAIN, NUM_VAL))
+    write_data(str(folder), train, val, shard_tokens=NUM_TRAIN, vocab_size=vocab_size)

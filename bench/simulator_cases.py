@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.wan_cases import HQ4, NONE, Q8, Case, Route
+from orchestrator.planner.problem import even_sizes
 
 NUM_LAYERS = 8
 
@@ -105,6 +106,6 @@ def rivals(chosen_split: tuple[int, ...], chosen_schedule: str) -> dict[str, tup
             if source != target and split[source] > 1:
                 moved = [size - (i == source) + (i == target) for i, size in enumerate(split)]
                 found[f"{chosen_schedule}, {moved}"] = (f"plan.schedule={chosen_schedule}", cut(moved))
-    even = [NUM_LAYERS // len(split) + (stage < NUM_LAYERS % len(split)) for stage in range(len(split))]
+    even = list(even_sizes(NUM_LAYERS, len(split)))
     found.setdefault(f"{chosen_schedule}, {even}", (f"plan.schedule={chosen_schedule}", cut(even)))
     return found

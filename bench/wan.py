@@ -22,10 +22,11 @@ from typing import Any
 from bench.random_tokens import write_random_tokens
 from bench.record import RESULTS, bench_parser, save
 from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK_BOUNDS, QUICK_MICROBATCHES, Case, quick
-from bench.wan_field import Field, even_split, open_field
+from bench.wan_field import Field, open_field
 from bench.wan_judge import certified_step_s, judge, judge_fall, median_s, run_figures
 from bench.wan_plot import draw
 from bench.wan_table import wan_table
+from orchestrator.planner.problem import even_sizes
 from tests.lab.wanlab import missing, missing_for_cpus
 
 ROUNDS, NUM_WARMUP, NUM_TIMED = 2, 1, 2
@@ -64,7 +65,7 @@ class Turns:
             # Its steps are long: one is timed.
             self._isthmus("isthmus-none", "shaped", codec_words(NONE), number, num_timed=1)
         if case.has_even:
-            even = ",".join(map(str, even_split(case.num_layers, case.num_stages)))
+            even = ",".join(map(str, even_sizes(case.num_layers, case.num_stages)))
             self._isthmus("isthmus-even", "shaped", [*codec_words(main), f"plan.split=[{even}]"], number)
         if case.route.loss:
             field.route(replace(case.route, loss=0.0))

@@ -7,6 +7,9 @@ from typing import Any
 
 from actors.model.spec import ModelSpec
 
+# What joins two hosts, each way.
+from tests.lab.wanlab import Path as Route
+
 MODEL = ModelSpec(
     vocab_size=4096, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, ffn_size=1408, max_positions=256
 )
@@ -18,16 +21,8 @@ THIN_MBPS, FAST_MBPS = 4.0, 100.0
 # What a link is allowed to lose: nothing but the rounding of q8; or what hq4 both ways costs.
 Q8, HQ4 = ("q8", "q8"), ("hq4", "hq4-stochastic")
 NONE = ("none", "none")
+UNLIMITED = Route()
 HQ4_Q8 = ("hq4", "q8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """What joins two hosts, each way: Mbit/s (0: unlimited), one-way milliseconds, lost share of frames."""
-
-    rate_mbps: float = 0.0
-    delay_ms: float = 0.0
-    loss: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +40,7 @@ class Case:
     idle_restart: bool = False
     # Hosts of one region are joined by `near` instead; by default each is one of its own.
     regions: tuple[int, ...] = (0, 1, 2, 3)
-    near: Route = Route()
+    near: Route = UNLIMITED
     # Layers of each stage; None: as the planner cuts.
     split: tuple[int, ...] | None = None
     # Also run with every link raw, and over torch.
@@ -67,9 +62,6 @@ class Case:
     @property
     def model(self) -> ModelSpec:
         return replace(MODEL, num_layers=self.num_layers)
-
-    def route_between(self, source: int, target: int) -> Route:
-        return self.near if self.regions[source] == self.regions[target] else self.route
 
     def settings(self) -> dict[str, Any]:
         """Return what a result depends on: another of these is another result."""

@@ -25,13 +25,16 @@ from bench.wan_cases import BATCH, Case, Route
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.environment import RAY_SETTINGS
 from orchestrator.events import History, decode, read_history
+from orchestrator.planner.problem import even_sizes
 from orchestrator.runfolder import RunFolder
 from tests.lab.cpushare import cpu_s
 from tests.lab.raycluster import REPOSITORY, RayCluster
-from tests.lab.wanlab import NAMESPACES, Host, LabError, Path, WanLab
+from tests.lab.wanlab import NAMESPACES, Host, LabError, WanLab
 
 START_TIMEOUT_S = 240.0
 SAMPLE_S = 0.5
+# For what a driver that has ended still has to say.
+LAST_WORDS_S = 30.0
 TORCH_PORT = 29_500
 # Under the folder with the data: kernels and probes of these runs alone.
 CACHE = "cache"
@@ -62,7 +65,7 @@ class Field:
         self._folder = folder
         self.lab = lab
         self._cluster = cluster
-        self._split = case.split or even_split(case.num_layers, case.num_stages)
+        self._split = case.split or even_sizes(case.num_layers, case.num_stages)
         self._torch: TorchRanks | None = None
 
     @property
@@ -74,7 +77,8 @@ class Field:
         for source in range(self.case.num_stages):
             for target in range(self.case.num_stages):
                 if source < target:
-                    self.lab.set_path(source, target, _path(self.case, source, target, route))
+                    is_same = self.case.regions[source] == self.case.regions[target]
+                    self.lab.set_path(source, target, self.case.near if is_same or route is None else route)
 
     def run(
         self,
@@ -103,16 +107,20 @@ class Field:
         driver = self._cluster.start_driver(command)
         watch = Watch(self.lab, driver.pid, folder.events)
         deadline_s = time.monotonic() + timeout_s
-        while driver.poll() is None and time.monotonic() < deadline_s:
-            watch.look()
-            if reroute is not None and watch.num_steps >= reroute[0]:
-                self.route(reroute[1])
-                reroute = None
-            time.sleep(watch.pause_s)
-        driver.kill()
-        said = driver.communicate()
+        try:
+            while driver.poll() is None and time.monotonic() < deadline_s:
+                watch.look()
+                if reroute is not None and watch.num_steps >= reroute[0]:
+                    self.route(reroute[1])
+                    reroute = None
+                time.sleep(watch.pause_s)
+            is_late = driver.poll() is None
+        finally:
+            driver.kill()
+        said = driver.communicate(timeout=LAST_WORDS_S)
         if driver.returncode:
-            raise LabError(f"{name} failed: {' '.join(said)[-1500:].strip()}", "run it again")
+            how = f"was not done within {timeout_s:.0f} s" if is_late else "failed"
+            raise LabError(f"{name} {how}: {' '.join(said)[-1500:].strip()}", "run it again")
         return Run(
             history=read_history(folder.events),
             plan=decode(Plan, json.loads(folder.plan.read_text())),
@@ -163,11 +171,6 @@ def open_field(case: Case, num_microbatches: int, folder: File) -> Iterator[Fiel
         RayCluster(lab, labels=regions, env=env, start_timeout_s=START_TIMEOUT_S) as cluster,
     ):
         yield Field(case, num_microbatches, folder, lab, cluster)
-
-
-def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Return as equal numbers of layers as can be, the larger ones first."""
-    return tuple(num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages))
 
 
 class TorchRanks:
@@ -285,9 +288,3 @@ def _cpu_s(pid: int) -> float:
     with suppress(ProcessLookupError):
         return cpu_s(pid)
     return 0.0
-
-
-def _path(case: Case, source: int, target: int, route: Route | None) -> Path:
-    if route is None or case.regions[source] == case.regions[target]:
-        route = case.near
-    return Path(rate_mbps=route.rate_mbps, delay_ms=route.delay_ms, loss=route.loss)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 
 from actors.errors import ConfigError, PlanError
 from actors.interleaved import ChunkAction, node_actions, play_chunks
@@ -22,7 +22,7 @@ from orchestrator.planner.codecs import loss_share
 from orchestrator.planner.evaluate import LinkUse, compute_s
 from orchestrator.planner.link_codecs import with_codecs
 from orchestrator.planner.played import pipeline_times
-from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.problem import Placement, Problem, even_sizes
 
 # So many chunks a node are tried where none are asked for.
 _MOST_CHUNKS = 4
@@ -127,7 +127,12 @@ class _Chunks:
     """An option whose placement has each node several times, with the orders of its nodes."""
 
     option: Option
-    num_nodes: int
+    # Of each node: they depend on no cut, and every cut that is tried has the same.
+    orders: tuple[tuple[ChunkAction, ...], ...]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.orders)
 
     @property
     def placement(self) -> Placement:
@@ -136,13 +141,6 @@ class _Chunks:
     @property
     def num_chunks(self) -> int:
         return self.placement.num_stages // self.num_nodes
-
-    @cached_property
-    def orders(self) -> tuple[tuple[ChunkAction, ...], ...]:
-        num_microbatches = self.option.problem.num_microbatches
-        return tuple(
-            node_actions(node, self.num_nodes, self.num_chunks, num_microbatches) for node in range(self.num_nodes)
-        )
 
     @cached_property
     def played_s(self) -> float:
@@ -233,26 +231,26 @@ def _held(order: Sequence[ChunkAction], num_chunks: int) -> Iterator[tuple[int, 
 
 def _chunks(option: Option, config: PlanConfig, nodes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> _Chunks:
     """Return stages of these sizes dealt to the nodes in turn, each link with codecs of its own."""
-    num_nodes = len(nodes)
-    placement = Placement(bounds=(0, *accumulate(sizes)), nodes=tuple(nodes) * (len(sizes) // num_nodes))
+    num_nodes, num_chunks = len(nodes), len(sizes) // len(nodes)
+    placement = Placement(bounds=(0, *accumulate(sizes)), nodes=tuple(nodes) * num_chunks)
+    num_microbatches = option.problem.num_microbatches
+    orders = tuple(node_actions(node, num_nodes, num_chunks, num_microbatches) for node in range(num_nodes))
     pairs = tuple(option.wire.codecs_of(stage) for stage in range(len(sizes) - 1))
     draft = replace(option, placement=placement, pairs=pairs)
 
     def step_s(problem: Problem) -> float:
-        return _Chunks(option=replace(draft, problem=problem), num_nodes=num_nodes).step_s
+        return _Chunks(option=replace(draft, problem=problem), orders=orders).step_s
 
-    return _Chunks(option=with_codecs(draft, config, step_s), num_nodes=num_nodes)
+    return _Chunks(option=with_codecs(draft, config, step_s), orders=orders)
 
 
 def _dealt(placement: Placement, num_chunks: int) -> list[int]:
     """Return the layers of each stage where nodes keep theirs, in chunks; an even cut where one has too few."""
     own = [stop - start for start, stop in pairwise(placement.bounds)]
-    num_stages = len(own) * num_chunks
     if min(own) < num_chunks:
-        size, larger = divmod(sum(own), num_stages)
-        return [size + (stage < larger) for stage in range(num_stages)]
+        return list(even_sizes(sum(own), len(own) * num_chunks))
     # The last stage has the head besides: rests go to earlier chunks.
-    return [layers // num_chunks + (chunk < layers % num_chunks) for chunk in range(num_chunks) for layers in own]
+    return list(chain.from_iterable(zip(*(even_sizes(layers, num_chunks) for layers in own), strict=True)))
 
 
 def _moved(chunks: _Chunks) -> _Chunks:

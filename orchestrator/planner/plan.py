@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 from actors.errors import ConfigError, PlanError
 from actors.fleet_spec import Fleet
@@ -33,7 +33,7 @@ from orchestrator.planner.large import default_large_evaluations, plan_large
 from orchestrator.planner.link_codecs import with_codecs
 from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.played import polished
-from orchestrator.planner.problem import Placement, Problem
+from orchestrator.planner.problem import Placement, Problem, even_sizes
 from orchestrator.planner.search import in_order, search
 from orchestrator.planner.shortage import may_fit, no_fit
 from orchestrator.planner.shortlist import found_in_part, limits_of_part, part_of, shortlist
@@ -140,9 +140,7 @@ def require_counts(fleet: Fleet, work: Workload, config: PlanConfig) -> None:
 
 def even_split(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
     """Return the split whose stages differ by one layer at most, the larger ones first."""
-    size, num_larger = divmod(num_layers, num_stages)
-    bounds = [stage * size + min(stage, num_larger) for stage in range(num_stages + 1)]
-    return tuple(pairwise(bounds))
+    return tuple(pairwise((0, *accumulate(even_sizes(num_layers, num_stages)))))
 
 
 def _options(

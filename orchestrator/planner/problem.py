@@ -99,6 +99,12 @@ class Problem:
         return self.last_forward_s_N + self.last_backward_s_N
 
 
+def even_sizes(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return the sizes of stages that differ by one layer at most, the larger ones first."""
+    size, num_larger = divmod(num_layers, num_stages)
+    return tuple(size + (stage < num_larger) for stage in range(num_stages))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Who holds what: stage s has layers [bounds[s], bounds[s + 1]) on each of the nodes[s], indices into a Problem."""

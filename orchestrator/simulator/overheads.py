@@ -40,8 +40,6 @@ class Overheads:
     report_s: float = 0.0
     # The optimizer's step, for each byte of weight, gradient and moments.
     commit_byte_s: float = 0.0
-    # What a process takes besides tensors once it works.
-    process_bytes: float = 0.0
     # TCP's window at first, and again where a connection was idle: RFC 6928 has 10 segments. 0: at the link's rate at
     # once. Idle is what is longer than a round trip and this.
     initial_window_bytes: float = 0.0

@@ -126,7 +126,7 @@ def simulate_step(
         shares_U=np.diff(layout.own_U).astype(np.int32),
         compute_s_U=compute_s_U,
         idle_share_U=np.maximum(0.0, 1 - compute_s_U / step_s),
-        memory_bytes_U=state_U + overheads.process_bytes + _standing_bytes(lineup) + played.peak_bytes_U,
+        memory_bytes_U=state_U + _standing_bytes(lineup) + played.peak_bytes_U,
         memory_limit_bytes_U=problem.memory_bytes_N[nodes_U],
         in_flight_peak_U=played.in_flight_peak_U,
         link_busy_DQ=_link_busy_s(layout) / step_s,

@@ -9,7 +9,9 @@ EOS = 0
 VOCAB_SIZE = 1000
 
 
-def write_data(location: str, train: np.ndarray, val: np.ndarray, shard_tokens: int = 100) -> DataManifest:
+def write_data(
+    location: str, train: np.ndarray, val: np.ndarray, shard_tokens: int = 100, vocab_size: int = VOCAB_SIZE
+) -> DataManifest:
     """Write both splits and their manifest to a folder or s3:// prefix."""
     store = open_store(location)
     shards = []
@@ -20,7 +22,7 @@ def write_data(location: str, train: np.ndarray, val: np.ndarray, shard_tokens: 
     manifest = DataManifest(
         version=1,
         dtype="uint16",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         eos_id=EOS,
         tokenizer_sha256="0" * 64,
         options_sha256="0" * 64,

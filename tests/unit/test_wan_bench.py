@@ -13,9 +13,9 @@ from actors.play import PipelineTimes, play
 from actors.schedule import stage_actions
 from bench.wan import known_cases, settings_of
 from bench.wan_cases import CASES, Case, Route, quick
-from bench.wan_field import even_split
 from bench.wan_judge import best_torch_s, judge, judge_fall
 from bench.wan_limit import LinkTimes, link_times, step_limit
+from orchestrator.planner.problem import even_sizes
 
 
 def case_named(name: str) -> Case:
@@ -159,6 +159,6 @@ def test_a_case_is_run_again_where_anything_about_it_is_other(tmp_path: Path) ->
 
 def test_an_even_split_covers_all_layers() -> None:
     for num_layers in range(4, 18):
-        split = even_split(num_layers, 4)
+        split = even_sizes(num_layers, 4)
         assert sum(split) == num_layers
         assert all(0 <= a - b <= 1 for a, b in pairwise(split))
