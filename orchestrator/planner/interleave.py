@@ -7,6 +7,7 @@ chain, in their order: its layers are dealt to the chunks, then moved while the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,6 +61,15 @@ def with_chunks(plan: Plan, option: Option, config: PlanConfig, before: Plan | N
             return plan
         raise _refusal(option, config)
     fastest = min(found, key=lambda chunks: chunks.step_s)
+    step_tokens = option.work.batch.step_tokens
+    max_step_s = step_tokens / config.min_tokens_per_s if config.min_tokens_per_s else math.inf
+    if is_asked_for and fastest.step_s > max_step_s:
+        raise PlanError(
+            f"no interleaved plan keeps to plan.min_tokens_per_s={config.min_tokens_per_s:g}",
+            f"the best on {option.placement.num_stages} nodes takes {fastest.step_s:.2f} s a step "
+            f"({step_tokens / fastest.step_s:,.0f} tokens/s): set less, more plan.stages, or leave out plan.schedule",
+        )
+    found = [chunks for chunks in found if chunks.step_s <= max_step_s]
     best_s = fastest.step_s if is_asked_for else min(fastest.step_s, plan.step_s)
     noise = noise_of(option.fleet, config)
     # What was run before comes first, then fewer chunks.

@@ -206,8 +206,9 @@ def _placements(problem: Problem, config: PlanConfig, limits: Limits) -> Iterato
     if config.split is not None:
         stops = [sum(config.split[: stage + 1]) for stage in range(len(config.split))]
         # The roomiest, for a model that does not fit the fastest.
-        for order in (_fastest(problem, len(stops)), _roomiest(problem, len(stops))):
-            yield Placement(bounds=(0, *stops), nodes=tuple((node,) for node in order))
+        for ranked in (_fastest(problem), _roomiest(problem)):
+            dealt = _dealt(ranked, limits, len(stops))
+            yield Placement(bounds=(0, *stops), nodes=tuple((node,) for node in dealt))
         return
     best = find(problem, config, limits).placement
     if best is None:
@@ -259,18 +260,25 @@ def _by_classes(problem: Problem, config: PlanConfig, limits: Limits) -> Iterato
 
 def _even_placement(problem: Problem, num_stages: int) -> Placement:
     split = even_split(problem.num_layers, num_stages)
-    nodes = _fastest(problem, num_stages)
+    nodes = sorted(_fastest(problem)[:num_stages])
     return Placement(bounds=(0, *(stop for _, stop in split)), nodes=tuple((node,) for node in nodes))
 
 
-def _fastest(problem: Problem, count: int) -> list[int]:
-    """Return the `count` fastest nodes, in the fleet's order."""
-    return sorted(sorted(range(problem.num_nodes), key=lambda node: float(problem.layer_s_N[node]))[:count])
+def _fastest(problem: Problem) -> list[int]:
+    return sorted(range(problem.num_nodes), key=lambda node: float(problem.layer_s_N[node]))
 
 
-def _roomiest(problem: Problem, count: int) -> list[int]:
-    """Return the `count` nodes with the most memory, in the fleet's order."""
-    return sorted(sorted(range(problem.num_nodes), key=lambda node: -float(problem.memory_bytes_N[node]))[:count])
+def _roomiest(problem: Problem) -> list[int]:
+    """Return the nodes, those with the most memory first."""
+    return sorted(range(problem.num_nodes), key=lambda node: -float(problem.memory_bytes_N[node]))
+
+
+def _dealt(ranked: Sequence[int], limits: Limits, num_stages: int) -> list[int]:
+    """Return a node for each stage: what is pinned to it, else the first of `ranked`, in the fleet's order."""
+    pinned = {stage % num_stages: node for node, stage in limits.pins}
+    others = [node for node in ranked if node not in pinned.values()]
+    rest = iter(sorted(others[: num_stages - len(pinned)]))
+    return [pinned[stage] if stage in pinned else next(rest) for stage in range(num_stages)]
 
 
 def _refusal(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig, limits: Limits) -> PlanError:

@@ -184,6 +184,26 @@ def test_more_stages_than_layers_are_refused_with_what_to_set() -> None:
         planned(apart("abcd"), schedule="interleaved", chunks=2, split=(2, 2, 2, 2))
 
 
+def test_what_is_asked_for_under_a_rate_keeps_to_it_or_is_refused() -> None:
+    # So far apart that each chunk more costs.
+    far = apart("abcd", delay_s=0.1, rate_mbps=20)
+    fleet = replace(far, nodes=tuple(replace(card, price_per_hour=1.0) for card in far.nodes))
+    kept = planned(fleet, schedule="interleaved", chunks=2, stages=2, objective="cheapest", min_tokens_per_s=1.0)
+    rate = FEW.batch.step_tokens / kept.step_s
+    chain = planned(fleet, stages=2, objective="cheapest", min_tokens_per_s=rate * 1.01)
+    assert chain.step_s < kept.step_s
+    with pytest.raises(PlanError, match=r"no interleaved plan keeps to plan\.min_tokens_per_s=") as refused:
+        planned(
+            fleet,
+            schedule="interleaved",
+            chunks=2,
+            stages=2,
+            objective="cheapest",
+            min_tokens_per_s=rate * 1.01,
+        )
+    assert f"({rate:,.0f} tokens/s)" in refused.value.remedy
+
+
 @pytest.mark.parametrize("slowness", [1.0, 1.3, 2.0])
 @pytest.mark.parametrize(("names", "chunks"), [("ab", 2), ("ab", 3), ("abc", 2)])
 def test_no_layer_moved_makes_the_step_shorter(slowness: float, names: str, chunks: int) -> None:

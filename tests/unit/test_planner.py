@@ -116,6 +116,16 @@ def test_a_given_split_is_taken_as_it_is_or_refused() -> None:
         plan(fleet(small, node("b")), split=(2, 10))
 
 
+def test_a_given_split_goes_to_the_nodes_that_are_pinned_to_its_stages() -> None:
+    three = fleet(node("a"), node("b"), node("c"))
+    made = plan(three, split=(2, 4, 6), pins={"c": "first", "a": "last"})
+    assert [(stage.node, stage.layer_stop) for stage in made.stages] == [("c", 2), ("b", 6), ("a", 12)]
+    assert [stage.node for stage in plan(three, split=(4, 8), pins={"c": "0"}).stages] == ["c", "a"]
+    # The fastest of the others.
+    mixed = fleet(node("a", 2.0), node("b"), node("c", 3.0))
+    assert [stage.node for stage in plan(mixed, split=(4, 8), pins={"c": "1"}).stages] == ["b", "c"]
+
+
 def test_more_stages_than_layers_or_nodes_are_refused() -> None:
     with pytest.raises(PlanError, match="13 stages for 12 layers"):
         plan(fleet(*(node(str(number)) for number in range(14))), stages=13)
