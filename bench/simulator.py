@@ -1,6 +1,6 @@
 """The simulator against the runtime as it is: steps and tensors of real runs on lab networks, and what was foreseen.
 
-    python -m bench.simulator [--quick] [--check]
+    python -m bench.simulator [--quick] [--check] [--runs FOLDER]
 
 Groups of hosts with shares of a core each (tests/lab; root, elsewhere a skip with the reason) train over shaped links,
 as bench.wan does: shares bind compute alone. A run probes, plans and trains; then its plan is simulated twice: from
@@ -18,94 +18,33 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.schedule import Action, Op
-from bench.random_tokens import write_random_tokens
-from bench.record import parse_arguments, save
-from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, Trial, rivals
-from bench.wan_cases import MODEL
-from bench.wan_field import Field, Run, open_field
-from orchestrator.planner.build import FRAME_COPIES, Workload, make_problem
+from bench.record import bench_parser, save
+from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, rivals
+from bench.simulator_runs import NUM_MICROBATCHES, Real, open_runs
+from bench.simulator_table import simulator_tables
+from orchestrator.planner.build import FRAME_COPIES
 from orchestrator.planner.evaluate import memory_bytes
-from orchestrator.planner.problem import Problem
 from orchestrator.records import StepRecord
 from orchestrator.simulator.overheads import MEASURED_ON_CPU, Overheads
-from orchestrator.simulator.step import StepSimulation, placement_of, simulate_step
+from orchestrator.simulator.step import StepSimulation, placement_of
 from tests.lab.wanlab import missing, missing_for_cpus
 from tests.tensor_peak import stage_peak_bytes
 
 # Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
 # the chosen plan's step over that of the best rival.
 BOUNDS = {"median_error": 0.05, "p90_error": 0.10, "least_memory": 1.0, "most_memory": 1.10, "of_best": 1.03}
-NUM_MICROBATCHES, STEPS, WARMUP_STEPS = 8, 4, 1
-RUN_TIMEOUT_S = 900.0
 # Of one frame at both its ends, on a whole core: what is tried when fitting.
 FRAME_S = (0.0, 0.0006, 0.0012, 0.0024, 0.0036)
 FRAME_BYTE_S = (0.0, 6e-9, 1.2e-8, 1.8e-8, 2.4e-8)
 # Hosts of the lab keep TCP's window through pauses, as `isthmus doctor` advises.
 LAB = replace(MEASURED_ON_CPU, initial_window_bytes=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Real:
-    """What a run left, and on which hosts."""
-
-    group: Group
-    trial: Trial
-    run: Run
-
-    @property
-    def codecs(self) -> list[tuple[str, str]]:
-        return [(link.forward_codec, link.backward_codec) for link in self.run.plan.links]
-
-    @property
-    def steps(self) -> list[StepRecord]:
-        return list(self.run.history.steps[WARMUP_STEPS:])
-
-    @property
-    def step_s(self) -> float:
-        return statistics.median(step.step_s for step in self.steps)
-
-    @property
-    def driver(self) -> int:
-        """Beside which node the driver ran: regions name the hosts."""
-        return [card.region for card in self.run.fleet.nodes].index("region-0")
-
-    @property
-    def problem(self) -> Problem:
-        config = self.run.config
-        work = Workload(
-            model=config.model,
-            batch=config.batch,
-            schedule=self.run.plan.schedule,
-            activation_checkpointing=config.train.activation_checkpointing,
-            document_mask=config.data.document_mask,
-        )
-        return make_problem(self.run.fleet, work, config.wire, codecs=self.codecs)
-
-    def simulated(self, problem: Problem, overheads: Overheads) -> StepSimulation:
-        slowness = statistics.mean(1 / share for share in self.group.cpus)
-        return simulate_step(
-            problem,
-            placement_of(self.run.plan, self.run.fleet),
-            self.run.config.wire,
-            overheads=overheads.scaled(slowness),
-            codecs=self.codecs,
-            in_flight_S=self.run.plan.in_flight,
-            driver=self.driver,
-        )
-
-
-def train_really(field: Field, group: Group, trial: Trial, name: str, words: Sequence[str] = ()) -> Real:
-    """Run a trial on its group's hosts, and read what it left."""
-    field.route(trial.route)
-    run = field.run(name, [*trial.words, *words], num_steps=STEPS, timeout_s=RUN_TIMEOUT_S)
-    return Real(group=group, trial=trial, run=run)
 
 
 def replayed(real: Real, step: StepRecord, overheads: Overheads) -> StepSimulation:
@@ -234,32 +173,32 @@ def judge(real: Real) -> dict[str, Any]:
     }
 
 
-def run_group(group: Group, scratch: Path) -> list[tuple[Real, dict[str, Any]]]:
+def run_group(group: Group, folder: Path) -> list[tuple[Real, dict[str, Any]]]:
     """Run a group's trials, and return each with its judgement."""
     found: list[tuple[Real, dict[str, Any]]] = []
-    with open_field(group.case, NUM_MICROBATCHES, scratch) as field:
+    with open_runs(group, folder) as runs:
         for trial in group.trials:
-            real = train_really(field, group, trial, trial.name)
+            real = runs.real(trial, trial.name)
             found.append((real, judge(real)))
             print(row_text(group.name, real, found[-1][1]), flush=True)
     return found
 
 
-def run_rivalry(scratch: Path) -> dict[str, Any]:
+def run_rivalry(folder: Path) -> dict[str, Any]:
     """Run what the planner chooses, every rival, and the choice again."""
     (trial,) = RIVALRY.trials
     measured: dict[str, float] = {}
-    with open_field(RIVALRY.case, NUM_MICROBATCHES, scratch) as field:
-        first = train_really(field, RIVALRY, trial, "chosen-first")
+    with open_runs(RIVALRY, folder) as runs:
+        first = runs.real(trial, "chosen-first")
         plan = first.run.plan
         split = tuple(stage.layer_stop - stage.layer_start for stage in plan.stages)
         chosen = (f"plan.schedule={plan.schedule}", f"plan.split=[{','.join(map(str, split))}]")
-        # In the plan's order of nodes: a split goes to nodes in the fleet's.
+        # Else a split goes to nodes in the fleet's order.
         pins = [f"plan.pins.{stage.node}={stage.stage}" for stage in plan.stages]
         for number, (name, words) in enumerate(rivals(split, plan.schedule).items()):
-            measured[name] = train_really(field, RIVALRY, trial, f"rival-{number}", [*words, *pins]).step_s
+            measured[name] = runs.real(trial, f"rival-{number}", [*words, *pins]).step_s
             print(f"{name}: {measured[name]:.2f} s", flush=True)
-        again = train_really(field, RIVALRY, trial, "chosen-again", [*chosen, *pins])
+        again = runs.real(trial, "chosen-again", [*chosen, *pins])
     chosen_s = statistics.median(step.step_s for real in (first, again) for step in real.steps)
     best = min(measured, key=lambda name: measured[name])
     return {
@@ -284,19 +223,17 @@ def row_text(hosts: str, real: Real, row: dict[str, Any]) -> str:
     )
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool, folder: Path) -> dict[str, Any]:
     """Run all groups, or the quick one, and return what came of them."""
     judged: list[dict[str, Any]] = []
     calibrating: list[tuple[Real, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        write_random_tokens(Path(scratch) / "data", MODEL.vocab_size)
-        for group in (QUICK,) if quick else GROUPS:
-            for real, row in run_group(group, Path(scratch)):
-                if real.trial.calibrates:
-                    calibrating.append((real, row))
-                else:
-                    judged.append(row)
-        rivalry = {} if quick else {"rivalry": run_rivalry(Path(scratch))}
+    for group in (QUICK,) if quick else GROUPS:
+        for real, row in run_group(group, folder):
+            if real.trial.calibrates:
+                calibrating.append((real, row))
+            else:
+                judged.append(row)
+    rivalry = {} if quick else {"rivalry": run_rivalry(folder)}
     errors = sorted(abs(row["error"]) for row in judged)
     ratios = [ratio for row in judged for ratio in row["memory_ratios"]]
     figures = {
@@ -326,12 +263,17 @@ def is_missed(name: str, figure: float) -> bool:
 
 
 def main() -> int:
-    arguments = parse_arguments(__doc__ or "")
+    parser = bench_parser(__doc__ or "")
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and judge again those that are here already")
+    arguments = parser.parse_args()
     if lacking := missing() or missing_for_cpus():
         print(f"skipped: no WAN lab here: {lacking}")
         return 0
-    measured = run(arguments.quick)
-    print(f"saved {save('simulator', arguments, measured)}; fitted {measured['fitted']}")
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = run(arguments.quick, (arguments.runs or Path(scratch)).resolve())
+    path = save("simulator", arguments, measured)
+    path.with_suffix(".md").write_text(simulator_tables(measured))
+    print(f"saved {path}; fitted {measured['fitted']}")
     print(
         ", ".join(f"{name} {figure:.3f}" for name, figure in measured["figures"].items())
         + f"; missed: {', '.join(measured['missed']) or 'nothing'}"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -50,10 +50,26 @@ class Run:
     plan: Plan
     fleet: Fleet
     config: RunConfig
-    driver_share: float
-    actors_share: float
+    # Zeros of a run that was only read.
+    driver_share: float = 0.0
+    actors_share: float = 0.0
     # Ray's own processes on all hosts, and whatever else runs there.
-    daemons_share: float
+    daemons_share: float = 0.0
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Return what a run left in its folder."""
+    return Run(
+        history=read_history(folder.events),
+        plan=decode(Plan, json.loads(folder.plan.read_text())),
+        fleet=decode(Fleet, json.loads(folder.fleet.read_text())),
+        config=parse_config(folder.config.read_text()),
+    )
+
+
+def run_folder(folder: File, case: Case, name: str) -> RunFolder:
+    """Return where a run of a case lies, under the folder with the data."""
+    return RunFolder(folder / "runs" / f"{case.name}-{name}")
 
 
 class Field:
@@ -96,8 +112,8 @@ class Field:
         # What another run's probe measured holds within 15%: too rough to be held against.
         (self._folder / CACHE / cache_file().name).unlink(missing_ok=True)
         # A run of this name that is there would be gone on with.
-        name = f"{self.case.name}-{name}"
-        folder = RunFolder(self._folder / "runs" / name)
+        folder = run_folder(self._folder, self.case, name)
+        name = folder.path.name
         command = [
             *("-m", "orchestrator.cli", "train", "--address", self._cluster.address),
             *self._common_words(),
@@ -121,13 +137,7 @@ class Field:
         if driver.returncode:
             how = f"was not done within {timeout_s:.0f} s" if is_late else "failed"
             raise LabError(f"{name} {how}: {' '.join(said)[-1500:].strip()}", "run it again")
-        return Run(
-            history=read_history(folder.events),
-            plan=decode(Plan, json.loads(folder.plan.read_text())),
-            fleet=decode(Fleet, json.loads(folder.fleet.read_text())),
-            config=parse_config(folder.config.read_text()),
-            **watch.shares(),
-        )
+        return replace(read_run(folder), **watch.shares())
 
     def torch_step(self, schedule: str, step: int, num_microbatches: int, timeout_s: float) -> dict[str, Any]:
         """Run one step over torch's ranks; its seconds are from the first rank's start to the last one's end."""
