@@ -46,7 +46,9 @@ class Group:
     @property
     def case(self) -> Case:
         """The hosts, as bench.wan opens them."""
-        return Case(name=f"hosts-{self.name}", route=Route(), codecs=(NONE,), cpus=self.cpus, num_layers=NUM_LAYERS)
+        # A run is named after it.
+        name = f"hosts-{self.name.replace('+', '-')}"
+        return Case(name=name, route=Route(), codecs=(NONE,), cpus=self.cpus, num_layers=NUM_LAYERS)
 
 
 def _trial(rate_mbps: float, delay_ms: float, codecs: tuple[str, str], schedule: str | None, **more: bool) -> Trial:
