@@ -126,6 +126,10 @@ class PlanConfig:
                 "leave out one of them",
             )
 
+    def max_step_s(self, step_tokens: int) -> float:
+        """Return the longest step with which plan.min_tokens_per_s is reached; inf without one."""
+        return step_tokens / self.min_tokens_per_s if self.min_tokens_per_s else math.inf
+
     def batches(self, batch: BatchSpec) -> tuple[BatchSpec, ...]:
         """Return the ways to cut a step's sequences into microbatches that may be chosen from, batch's own first."""
         if self.microbatch_sizes is None:
@@ -203,7 +207,7 @@ def limits_of(fleet: Fleet, config: PlanConfig, step_tokens: int) -> Limits:
         num_stages=num_stages,
         max_replicas=config.max_replicas,
         max_dollars_per_hour=math.inf if limit is None else limit,
-        max_step_s=math.inf if not config.min_tokens_per_s else step_tokens / config.min_tokens_per_s,
+        max_step_s=config.max_step_s(step_tokens),
         min_copies=config.copies,
         min_domains=config.domains,
         pins=pins,

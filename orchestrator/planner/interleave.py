@@ -7,7 +7,6 @@ chain, in their order: its layers are dealt to the chunks, then moved while the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -62,7 +61,7 @@ def with_chunks(plan: Plan, option: Option, config: PlanConfig, before: Plan | N
         raise _refusal(option, config)
     fastest = min(found, key=lambda chunks: chunks.step_s)
     step_tokens = option.work.batch.step_tokens
-    max_step_s = step_tokens / config.min_tokens_per_s if config.min_tokens_per_s else math.inf
+    max_step_s = config.max_step_s(step_tokens)
     if is_asked_for and fastest.step_s > max_step_s:
         raise PlanError(
             f"no interleaved plan keeps to plan.min_tokens_per_s={config.min_tokens_per_s:g}",
