@@ -44,7 +44,7 @@ class PlanConfig:
     # Microbatch sizes to choose from, with as many sequences a step as batch says; None: batch's own.
     microbatch_sizes: tuple[int, ...] | None = None
     # By how much the held-out loss may rise for smaller codecs, as a share (0.01: one percent): the planner then picks
-    # each link's. None: what wire says.
+    # each link's, the mildest that does not lengthen the step by more than plan.noise. None: what wire says.
     quality_budget: float | None = None
     # Only nodes of these regions; None: all.
     regions: tuple[str, ...] | None = None

@@ -1,8 +1,8 @@
 """Which codec each link carries, within what the loss may rise.
 
 PURE. Links start without a codec; the one that holds the step up most gets the next smaller pair, while the budget
-lasts. What a pair costs was measured (docs/quality.md: three links, a small model): costs are taken to add up over
-links, and to be at least what the measurement can tell from nothing.
+lasts and the step gets shorter by more than noise. What a pair costs was measured (docs/quality.md: three links, a
+small model): costs are taken to add up over links, and to be at least what the measurement can tell from nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ LADDER = (
 
 
 def choose_codecs(
-    num_links: int, budget: float, step_s: Callable[[Sequence[CodecPair]], float]
+    num_links: int, budget: float, least_gain: float, step_s: Callable[[Sequence[CodecPair]], float]
 ) -> tuple[CodecPair, ...]:
-    """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most."""
+    """Return a pair for each link, so that `step_s` of them is short and their costs add up to `budget` at most.
+
+    Only what shortens the step by `least_gain` of it costs anything.
+    """
 
     def is_affordable(rungs: Sequence[int]) -> bool:
         return sum(LADDER[rung].loss_share for rung in rungs) <= budget
 
     ladder = tuple(cost.pair for cost in LADDER)
-    return _down((ladder,) * num_links, is_affordable, 0.0, step_s)
+    return _choose((ladder,) * num_links, is_affordable, least_gain, step_s)
 
 
 def choose_thin(
@@ -52,12 +55,25 @@ def choose_thin(
 ) -> tuple[CodecPair, ...]:
     """Return a pair for each link: what is set, or, where that shortens the step by `least_gain` of it, one of `thin`.
 
-    `thin` is mildest first. What links got together, each gives back that does without.
+    `thin` is mildest first.
     """
-    pairs = list(_down([(own, *thin) for own in set_L], lambda rungs: True, least_gain, step_s))
+    return _choose([(own, *thin) for own in set_L], lambda rungs: True, least_gain, step_s)
+
+
+def _choose(
+    ladder_L: Sequence[Sequence[CodecPair]],
+    is_allowed: Callable[[Sequence[int]], bool],
+    least_gain: float,
+    step_s: Callable[[Sequence[CodecPair]], float],
+) -> tuple[CodecPair, ...]:
+    """Return a pair for each link from its ladder, mildest first.
+
+    What links got together, each gives back that does without.
+    """
+    pairs = list(_down(ladder_L, is_allowed, least_gain, step_s))
     most_s = step_s(pairs) / (1 - least_gain)
-    for link, own in enumerate(set_L):
-        for milder in (own, *thin):
+    for link, ladder in enumerate(ladder_L):
+        for milder in ladder:
             if milder == pairs[link] or step_s([*pairs[:link], milder, *pairs[link + 1 :]]) <= most_s:
                 pairs[link] = milder
                 break

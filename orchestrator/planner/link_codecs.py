@@ -33,7 +33,7 @@ def with_codecs(option: Option, config: PlanConfig, foreseen_s: Callable[[Proble
         return evaluate(problem, placement).step_s if foreseen_s is None else foreseen_s(problem)
 
     if config.quality_budget is not None:
-        pairs = choose_codecs(num_links, config.quality_budget, step_s)
+        pairs = choose_codecs(num_links, config.quality_budget, config.noise, step_s)
     elif option.wire.thin and num_links:
         set_L = tuple(option.wire.codecs_of(stage) for stage in range(num_links))
         pairs = choose_thin(set_L, option.wire.thin_pairs, config.noise, step_s)

@@ -151,7 +151,7 @@ def test_a_run_keeps_its_chunks_unless_another_plan_is_better_by_noise() -> None
 
 
 def test_codecs_are_chosen_for_every_link_within_the_budget() -> None:
-    fleet = apart("abcd", delay_s=0.001, rate_mbps=20)
+    fleet = apart("abcd", delay_s=0.001, rate_mbps=4)
     plan = planned(fleet, schedule="interleaved", chunks=2, stages=4, quality_budget=0.01)
     assert len(plan.links) == 7
     assert plan.loss_share <= 0.01

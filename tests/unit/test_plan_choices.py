@@ -29,6 +29,7 @@ def card(name: str, *, region: str = "here", price: float = 1.0) -> NodeCard:
     )
 
 
+NOISE = 0.05
 FLEET = Fleet(nodes=(card("a"), card("b", price=3.0), card("c", region="there")), links=())
 
 
@@ -114,16 +115,31 @@ def test_the_link_that_holds_the_step_up_gets_the_smaller_codec_within_the_budge
         # The second link is ten times thinner than the first.
         return max(1.0, thin[pairs[0]] / 10, thin[pairs[1]])
 
-    assert choose_codecs(2, 1.0, step_s) == (mild, strong)
-    assert choose_codecs(2, 0.0, step_s) == (mild, mild)
-    some = choose_codecs(2, LADDER[0].loss_share + LADDER[1].loss_share, step_s)
+    assert choose_codecs(2, 1.0, NOISE, step_s) == (mild, strong)
+    assert choose_codecs(2, 0.0, NOISE, step_s) == (mild, mild)
+    some = choose_codecs(2, LADDER[0].loss_share + LADDER[1].loss_share, NOISE, step_s)
     assert some == (mild, LADDER[1].pair)
 
 
 def test_two_links_that_bind_alike_are_both_given_a_smaller_codec() -> None:
     thin = {pair.pair: 8.0 - 2 * rung for rung, pair in enumerate(LADDER)}
-    chosen = choose_codecs(3, 1.0, lambda pairs: max(thin[pair] for pair in pairs))
+    chosen = choose_codecs(3, 1.0, NOISE, lambda pairs: max(thin[pair] for pair in pairs))
     assert chosen == (LADDER[-1].pair,) * 3
+
+
+def test_what_a_codec_saves_less_than_noise_of_is_not_spent() -> None:
+    # The smallest codec on every link saves 4%, of which noise is 5%.
+    assert choose_codecs(2, 1.0, NOISE, lambda pairs: 10.0 - 0.2 * sum(p == LADDER[-1].pair for p in pairs)) == (
+        (LADDER[0].pair,) * 2
+    )
+
+
+def test_links_give_back_what_only_the_other_needs() -> None:
+    # One link's codec alone saves nothing, both save half; the first does it with its mildest.
+    def step_s(pairs) -> float:
+        return 5.0 if pairs[0] != LADDER[0].pair and pairs[1] == LADDER[-1].pair else 10.0
+
+    assert choose_codecs(2, 1.0, NOISE, step_s) == (LADDER[1].pair, LADDER[-1].pair)
 
 
 def test_what_codecs_cost_adds_up_and_is_unknown_where_it_was_not_measured() -> None:

@@ -55,13 +55,12 @@ def test_it_is_the_plan_that_would_be_made(rate: float, then: float) -> None:
     assert [stage.node for stage in after.stages] == list(NAMES)
 
 
-def test_a_thin_link_takes_more_in_flight_less_in_pieces_and_longer() -> None:
+def test_a_thin_link_takes_more_in_flight_and_longer() -> None:
     before = planned(at(FAT))
     after = again(before, at(FAT), WireConfig(), first=THIN)
     assert after.step_s > 1.4 * before.step_s
     assert after.in_flight != before.in_flight
     assert after.links[0].window_bytes < before.links[0].window_bytes
-    assert after.links[0].chunk_bytes < before.links[0].chunk_bytes
     assert after.links[1] == before.links[1]
     assert after.link_codecs == before.link_codecs, "quality is not the planner's to spend"
 
@@ -94,9 +93,11 @@ def test_wire_thin_is_for_the_link_that_turned_thin_and_only_there() -> None:
 def test_a_quality_budget_is_kept_to() -> None:
     wire = WireConfig()
     before = planned(at(FAT), wire, quality_budget=0.002)
-    after = again(before, at(FAT), wire, first=THIN, budget=0.002)
-    assert after.loss_share <= 0.002
-    assert (after.links[0].forward_codec, after.links[0].backward_codec) == ("q8", "hq4-stochastic")
+    after = again(before, at(FAT), wire, first=1.0, budget=0.002)
+    assert 0 == before.loss_share < after.loss_share <= 0.002
+    # The way back hides behind the way there: for a smaller codec there it would save less than noise.
+    assert (after.links[0].forward_codec, after.links[0].backward_codec) == ("q8", "q8")
+    assert again(before, at(FAT), wire, first=1.0, budget=0.04).links[0].forward_codec == "hq4"
 
 
 def test_only_what_changed_changes_in_the_fleet() -> None:
