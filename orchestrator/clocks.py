@@ -45,7 +45,9 @@ class LinkFigures:
         return num_bytes / bytes_per_s if 0 < bytes_per_s < math.inf else 0.0
 
     def first_chunk_bytes(self, frame_bytes: int) -> int:
-        return min(frame_bytes, self.chunk_bytes + HEADER_BYTES)
+        """Return how long the first chunk is of a frame that takes so many bytes, headers included."""
+        num_chunks = max(1, -(-frame_bytes // (self.chunk_bytes + HEADER_BYTES)))
+        return -(-frame_bytes // num_chunks)
 
 
 def is_time(seconds: float) -> bool:

@@ -133,6 +133,9 @@ def link_plan(option: Option, stage: int) -> LinkPlan:
     source = option.fleet.nodes[sources[0]]
     dtype = torch.bfloat16 if source.boundary_bytes == 2 else torch.float32
     forward, backward = option.pairs[stage]
+    frame_bytes = [CODECS[name].size_bytes(num_elements, dtype) for name in (forward, backward)]
+    # At least two to a frame, if it is not small: a chunk behind another says how fast the link is, one alone does not.
+    chunk_bytes = min(chunk_bytes, max(-(-max(frame_bytes) // 2), wire.min_chunk_bytes))
     return LinkPlan(
         source_stage=stage,
         target_stage=stage + 1,
@@ -140,8 +143,8 @@ def link_plan(option: Option, stage: int) -> LinkPlan:
         backward_codec=backward,
         frame_elements=num_elements,
         raw_frame_bytes=num_elements * dtype.itemsize,
-        frame_bytes_forward=CODECS[forward].size_bytes(num_elements, dtype),
-        frame_bytes_backward=CODECS[backward].size_bytes(num_elements, dtype),
+        frame_bytes_forward=frame_bytes[0],
+        frame_bytes_backward=frame_bytes[1],
         delay_s=delay_s,
         rate_mbps=rate_mbps,
         chunk_bytes=chunk_bytes,
@@ -150,7 +153,7 @@ def link_plan(option: Option, stage: int) -> LinkPlan:
 
 
 def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int]:
-    """Return how large the chunks of frames on a link of this rate are, and how many bytes may be under way."""
+    """Return how large the chunks of frames on a link of this rate are at most, and how many bytes may be under way."""
     bytes_per_s = rate_mbps * BITS_PER_MEGABIT / 8
     chunk_bytes = int(min(max(bytes_per_s * wire.chunk_s, wire.min_chunk_bytes), wire.max_chunk_bytes))
     window_bytes = int(min(max(bytes_per_s * wire.window_s, 2 * chunk_bytes), wire.max_window_bytes))

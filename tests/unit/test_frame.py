@@ -137,10 +137,10 @@ def test_a_payload_that_is_not_the_headers_is_corrupt(chunk: bytes) -> None:
         parse_chunk(chunk)
 
 
-def test_a_frame_is_cut_into_chunks_of_the_size_asked() -> None:
+def test_a_frame_is_cut_into_even_chunks_of_at_most_the_size_asked() -> None:
     chunks = [parse_chunk(chunk) for chunk in split_frame(HEADER, memoryview(PAYLOAD), 20)]
-    assert [len(payload) for _, payload in chunks] == [20, 20, 8]
-    assert [header.offset for header, _ in chunks] == [0, 20, 40]
+    assert [len(payload) for _, payload in chunks] == [16, 16, 16]
+    assert [header.offset for header, _ in chunks] == [0, 16, 32]
     assert [header.chunk for header, _ in chunks] == [0, 1, 2]
     assert {header.num_chunks for header, _ in chunks} == {3}
     assert {header.frame_bytes for header, _ in chunks} == {48}
@@ -152,6 +152,8 @@ def test_a_frame_is_cut_into_chunks_of_the_size_asked() -> None:
 def test_wire_bytes_foretells_what_the_chunks_take(chunk_bytes: int) -> None:
     chunks = list(split_frame(HEADER, memoryview(PAYLOAD), chunk_bytes))
     assert wire_bytes(len(PAYLOAD), chunk_bytes) == sum(map(len, chunks))
+    assert max(map(len, chunks)) - HEADER_BYTES <= chunk_bytes
+    assert b"".join(bytes(parse_chunk(chunk)[1]) for chunk in chunks) == PAYLOAD
 
 
 def test_runs_are_told_apart() -> None:

@@ -54,6 +54,17 @@ def test_single_chunks_behind_one_another_are_a_measurement() -> None:
     assert math.isnan(state.delay_s), "two seconds of a chunk say nothing of 0.02"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_lone_frames_in_two_chunks_are_a_measurement_where_the_link_is_thin(seed: int) -> None:
+    """A link that was fat, on which no frame waits for another: the second chunk waits for the first."""
+    frame = [MB // 2, MB // 2]
+    thin = read(constant(4.0, 0.025, jitter_s=0.01), every(3.0, [frame], 8), seed=seed)
+    assert thin.is_measured
+    assert thin.rate_mbps == pytest.approx(4.0, rel=0.1)
+    fat = read(constant(100.0, 0.025, jitter_s=0.01), every(3.0, [frame], 8), seed=seed)
+    assert fat.rate_mbps > 40.0
+
+
 def test_a_chunk_pushed_while_another_is_on_the_link_also_waits() -> None:
     bursts = [Burst(at_s=0.0, frames=[[MB]]), Burst(at_s=0.5, frames=[[MB]])]
     state = read(constant(4.0, 0.02), bursts)

@@ -9,8 +9,9 @@ from actors.codecs import CODECS
 from actors.errors import ConfigError, PlanError
 from actors.fleet_spec import Fleet
 from actors.schedule import SPLIT
-from actors.settings import WireConfig
+from actors.settings import BatchSpec, WireConfig
 from actors.spec import ScheduleName
+from orchestrator.planner.assemble import chunk_and_window_bytes
 from orchestrator.planner.choices import PlanConfig
 from orchestrator.planner.plan import even_split, make_plan
 from orchestrator.recipe import require_executed
@@ -197,8 +198,21 @@ def test_chunks_and_windows_keep_to_their_bounds(rate_mbps: float) -> None:
     assert wire.min_chunk_bytes <= only.chunk_bytes <= wire.max_chunk_bytes
     assert only.chunk_bytes <= only.window_bytes <= wire.max_window_bytes
     if rate_mbps == 50.0:
-        # A tenth of a second of the link, and a second of it.
-        assert (only.chunk_bytes, only.window_bytes) == (625_000, 6_250_000)
+        # A tenth of a second of the link at most, and a second of it.
+        assert chunk_and_window_bytes(rate_mbps, wire) == (625_000, 6_250_000)
+        assert only.window_bytes == 6_250_000
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("none", "none"), ("q8", "none"), ("hq4", "hq4"), ("q8", "q8")])
+@pytest.mark.parametrize("rate_mbps", [8.0, 1e5])
+def test_a_frame_of_two_least_chunks_or_more_goes_in_two_or_more(rate_mbps: float, forward: str, backward: str) -> None:
+    wire = WireConfig(forward=forward, backward=backward)
+    large = replace(WORK, batch=BatchSpec(seq_len=1024, microbatch_size=2, num_microbatches=8))
+    these = fleet(node("a"), node("b"), links=(link("a", "b", rate_mbps), link("b", "a", rate_mbps)))
+    (only,) = make_plan(these, large, wire, PlanConfig(stages=2)).links
+    frame_bytes = max(only.frame_bytes_forward, only.frame_bytes_backward)
+    assert only.chunk_bytes >= wire.min_chunk_bytes
+    assert (frame_bytes > only.chunk_bytes) == (frame_bytes > wire.min_chunk_bytes)
 
 
 def test_the_same_inputs_give_the_same_plan() -> None:
