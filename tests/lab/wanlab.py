@@ -6,7 +6,8 @@
         lab.set_path(0, 1, Path(rate_mbps=10, delay_ms=100))  # a link that degrades
         lab.cut({2})  # a partition; heal() mends it
 
-Every host is a namespace of its own, so labs side by side, and hosts of one lab, may use the same ports.
+Every host is a namespace of its own, so labs side by side, and hosts of one lab, may use the same ports; commands on it
+see its own host name.
 The shaping is done by wanswitch.c beside this file, in user space: the kernel needs namespaces and TUN,
 not netem. One core of it carries about 0.5 Gbit/s of 1,500-byte frames, which bounds unlimited paths.
 """
@@ -76,7 +77,7 @@ def missing() -> str:
     """What this machine lacks for a lab, as the reason for a skip; empty where a lab can start."""
     if os.geteuid() != 0:
         return "root is missing"
-    for tool in ("ip", "gcc"):
+    for tool in ("ip", "gcc", "unshare"):
         if shutil.which(tool) is None:
             return f"{tool} is missing"
     try:
@@ -155,6 +156,10 @@ class WanLab:
         """The IPv4 address of a host."""
         return f"{self._subnet}.{host + 1}"
 
+    def hostname(self, host: int) -> str:
+        """The name that a host gives itself."""
+        return f"host-{host}"
+
     def popen(self, host: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command on a host, in a session of its own; it ends with the lab at the latest."""
         process = subprocess.Popen(self._inside(host, command), start_new_session=True, **options)
@@ -229,7 +234,10 @@ class WanLab:
         return counts
 
     def _inside(self, host: int, command: Sequence[str]) -> list[str]:
-        inside = ["ip", "netns", "exec", self.netns[host], *command]
+        # A name of its own, as a machine has: of one name are what shares its cores.
+        name = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
+        inside = ["ip", "netns", "exec", self.netns[host], "unshare", "--uts", "sh", "-c", name, self.hostname(host)]
+        inside += command
         if not self.hosts[host].cpus or not self.hosts[host].binds_all:
             return inside
         # The shell joins the cgroup, then becomes the command: nothing runs outside its share.

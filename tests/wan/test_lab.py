@@ -192,6 +192,15 @@ def test_a_host_gets_its_share_of_a_core() -> None:
     assert 0.15 < float(done.stdout) < 0.28
 
 
+def test_hosts_have_names_of_their_own() -> None:
+    here = socket.gethostname()
+    with WanLab([Host(), Host(cpus=0.5)]) as lab:
+        said = [lab.run(h, ["uname", "-n"], timeout_s=TIMEOUT_S, capture_output=True, text=True) for h in range(2)]
+        assert [done.stdout.strip() for done in said] == [lab.hostname(0), lab.hostname(1)]
+        assert lab.hostname(0) != lab.hostname(1)
+    assert socket.gethostname() == here
+
+
 def test_hosts_choose_their_congestion_control() -> None:
     names = congestion_controls()
     with WanLab([Host(congestion_control=name) for name in names] + [Host()]) as lab:
