@@ -8,7 +8,7 @@ what its own probe measured, and from how long its own forwards and backwards to
 wrong. Two runs only serve to fit costs, and are not judged. The real step time is the median of the steps after the
 first. A stage's tensors are counted by torch's profiler as it does once more, by itself, what it did in the run's last
 step, action by action; what its process held besides is reported. At the end the planner's own choice is held against
-other cuts and orders on the same hosts.
+other cuts and orders on the same hosts: once all of them, then the choice and the fastest others in turns.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from actors.schedule import Action, Op
+from actors.spec import Plan
 from bench.record import bench_parser, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, rivals
 from bench.simulator_runs import NUM_MICROBATCHES, Real, open_runs
@@ -38,7 +39,8 @@ from tests.lab.wanlab import missing, missing_for_cpus
 from tests.tensor_peak import stage_peak_bytes
 
 # Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
-# the chosen plan's step over that of the best rival.
+# the chosen plan's step over that of the best rival, which has as many turns as the chosen one beside it.
+CHOSEN, TURNS, NUM_AGAIN = "chosen", 2, 3
 BOUNDS = {"median_error": 0.05, "p90_error": 0.10, "least_memory": 1.0, "most_memory": 1.10, "of_best": 1.03}
 # Of one frame at both its ends, on a whole core: what is tried when fitting.
 FRAME_S = (0.0, 0.0006, 0.0012, 0.0024, 0.0036)
@@ -154,6 +156,7 @@ def judge(real: Real) -> dict[str, Any]:
         "in_flight": plan.in_flight,
         "link_mbps": [link.rate_mbps for link in plan.links],
         "link_delay_s": [link.delay_s for link in plan.links],
+        "stolen_share": real.run.stolen_share,
         "real_step_s": [step.step_s for step in steps],
         "real_median_s": real.step_s,
         "simulated_s": simulation.step_s,
@@ -185,31 +188,62 @@ def run_group(group: Group, folder: Path) -> list[tuple[Real, dict[str, Any]]]:
 
 
 def run_rivalry(folder: Path) -> dict[str, Any]:
-    """Run what the planner chooses, every rival, and the choice again."""
+    """Run what the planner chooses and every rival; then, in turns, the choice and the fastest rivals again.
+
+    Only what was run in turns is compared: the machine's pace changes by more than plans differ.
+    """
     (trial,) = RIVALRY.trials
-    measured: dict[str, float] = {}
     with open_runs(RIVALRY, folder) as runs:
-        first = runs.real(trial, "chosen-first")
-        plan = first.run.plan
-        split = tuple(stage.layer_stop - stage.layer_start for stage in plan.stages)
-        chosen = (f"plan.schedule={plan.schedule}", f"plan.split=[{','.join(map(str, split))}]")
-        # Else a split goes to nodes in the fleet's order.
-        pins = [f"plan.pins.{stage.node}={stage.stage}" for stage in plan.stages]
-        for number, (name, words) in enumerate(rivals(split, plan.schedule).items()):
-            measured[name] = runs.real(trial, f"rival-{number}", [*words, *pins]).step_s
+        plan = runs.real(trial, "chosen").run.plan
+        words = {CHOSEN: plan_words(plan)}
+        if plan.num_nodes < len(plan.stages):
+            plain = runs.real(trial, "plain", ["plan.schedule=bdp", *pin_words(plan)]).run.plan
+            words["bdp"] = plan_words(plain)
+        else:
+            plain = plan
+            words["interleaved"] = ("plan.schedule=interleaved", "plan.chunks=2", *pin_words(plan))
+        for name, own in rivals(sizes_of(plain), plain.schedule).items():
+            words[name] = (*own, *pin_words(plain))
+        measured: dict[str, float] = {}
+        for number, name in enumerate(name for name in words if name != CHOSEN):
+            measured[name] = runs.real(trial, f"rival-{number}", words[name]).step_s
             print(f"{name}: {measured[name]:.2f} s", flush=True)
-        again = runs.real(trial, "chosen-again", [*chosen, *pins])
-    chosen_s = statistics.median(step.step_s for real in (first, again) for step in real.steps)
-    best = min(measured, key=lambda name: measured[name])
+        fastest = sorted(measured, key=lambda name: measured[name])[:NUM_AGAIN]
+        turns: dict[str, list[float]] = {name: [] for name in (CHOSEN, *fastest)}
+        for turn in range(TURNS):
+            for number, name in enumerate(turns):
+                real = runs.real(trial, f"turn-{turn}-{number}", words[name])
+                turns[name] += [step.step_s for step in real.steps]
+                print(f"turn {turn}, {name}: {real.step_s:.2f} s", flush=True)
+    again_s = {name: statistics.median(steps_s) for name, steps_s in turns.items()}
+    best = min(fastest, key=lambda name: again_s[name])
     return {
         "hosts": RIVALRY.cpus,
         "trial": asdict(trial),
-        "chosen": {"schedule": plan.schedule, "layers": split, "step_s": chosen_s},
-        "chosen_steps_s": [step.step_s for real in (first, again) for step in real.steps],
+        "chosen": {"schedule": plan.schedule, "layers": sizes_of(plan), "step_s": again_s[CHOSEN]},
         "rivals_s": measured,
+        "turns_s": turns,
+        "again_s": again_s,
         "best": best,
-        "of_best": chosen_s / min(measured[best], chosen_s),
+        "of_best": again_s[CHOSEN] / min(again_s.values()),
     }
+
+
+def sizes_of(plan: Plan) -> tuple[int, ...]:
+    return tuple(stage.layer_stop - stage.layer_start for stage in plan.stages)
+
+
+def plan_words(plan: Plan) -> tuple[str, ...]:
+    """Return what makes a run have this plan's order and cut on its nodes."""
+    words = [f"plan.schedule={plan.schedule}", f"plan.split=[{','.join(map(str, sizes_of(plan)))}]"]
+    if plan.num_nodes < len(plan.stages):
+        words.append(f"plan.chunks={len(plan.stages) // plan.num_nodes}")
+    return (*words, *pin_words(plan))
+
+
+def pin_words(plan: Plan) -> tuple[str, ...]:
+    # Else a split goes to nodes in the fleet's order.
+    return tuple(f"plan.pins.{stage.node}={stage.stage}" for stage in plan.stages[: plan.num_nodes])
 
 
 def row_text(hosts: str, real: Real, row: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from orchestrator.records import StepRecord
 from orchestrator.simulator.overheads import Overheads
 from orchestrator.simulator.step import StepSimulation, placement_of, simulate_step
 
-NUM_MICROBATCHES, STEPS, WARMUP_STEPS = 8, 4, 1
+NUM_MICROBATCHES, STEPS, WARMUP_STEPS = 8, 6, 1
 RUN_TIMEOUT_S = 900.0
 
 

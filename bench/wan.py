@@ -52,11 +52,19 @@ class Turns:
         self.measured: dict[str, Any] = {}
 
     def round(self, number: int) -> None:
-        """Let every system have its turn, on shaped links, then on unshaped ones."""
+        """Let every system have its turn, what is held against Isthmus' own turn right after it."""
         case, field = self._case, self._field
         main, *others = case.codecs
         field.route(case.route)
         self._isthmus("isthmus", "shaped", codec_words(main), number)
+        if case.route.loss:
+            field.route(replace(case.route, loss=0.0))
+            self._isthmus("lossless", "shaped", codec_words(main), number)
+        elif case.route.rate_mbps:
+            field.route(None)
+            # As it would be planned for such links.
+            self._isthmus("isthmus", "unshaped", ["plan.quality_budget=0.0005"], number)
+        field.route(case.route)
         for codecs in others:
             self._isthmus(f"isthmus-{'-'.join(codecs)}", "shaped", codec_words(codecs), number)
         if case.has_torch:
@@ -67,15 +75,9 @@ class Turns:
         if case.has_even:
             even = ",".join(map(str, even_sizes(case.num_layers, case.num_stages)))
             self._isthmus("isthmus-even", "shaped", [*codec_words(main), f"plan.split=[{even}]"], number)
-        if case.route.loss:
-            field.route(replace(case.route, loss=0.0))
-            self._isthmus("lossless", "shaped", codec_words(main), number)
-        elif case.route.rate_mbps:
+        if case.has_torch_unshaped:
             field.route(None)
-            # As it would be planned for such links.
-            self._isthmus("isthmus", "unshaped", ["plan.quality_budget=0.0005"], number)
-            if case.has_torch_unshaped:
-                self._torch("unshaped", number)
+            self._torch("unshaped", number)
 
     def quick(self) -> None:
         """Run Isthmus once, on links that become unshaped in its middle, and torch's better known schedule."""

@@ -33,6 +33,8 @@ from tests.lab.wanlab import NAMESPACES, Host, LabError, WanLab
 
 START_TIMEOUT_S = 240.0
 SAMPLE_S = 0.5
+# Ray's daemons go on loading after they answer. Hosts are settled once they take less than this of a core, for so long.
+SETTLED_SHARE, SETTLED_FOR_S, SETTLE_TIMEOUT_S = 0.25, 3.0, 120.0
 # For what a driver that has ended still has to say.
 LAST_WORDS_S = 30.0
 TORCH_PORT = 29_500
@@ -55,6 +57,8 @@ class Run:
     actors_share: float = 0.0
     # Ray's own processes on all hosts, and whatever else runs there.
     daemons_share: float = 0.0
+    # What others on the same machine took of all its cores, as its hypervisor says.
+    stolen_share: float = 0.0
 
 
 def read_run(folder: RunFolder) -> Run:
@@ -180,7 +184,23 @@ def open_field(case: Case, num_microbatches: int, folder: File) -> Iterator[Fiel
         WanLab(hosts) as lab,
         RayCluster(lab, labels=regions, env=env, start_timeout_s=START_TIMEOUT_S) as cluster,
     ):
+        settle(lab)
         yield Field(case, num_microbatches, folder, lab, cluster)
+
+
+def settle(lab: WanLab) -> None:
+    """Wait until what runs on the hosts leaves their cores to what is measured; LabError where it does not."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        before_s, began_s = _hosts_cpu_s(lab), time.monotonic()
+        time.sleep(SETTLED_FOR_S)
+        if _hosts_cpu_s(lab) - before_s < SETTLED_SHARE * (time.monotonic() - began_s):
+            return
+    raise LabError(f"hosts are still busy after {SETTLE_TIMEOUT_S:.0f} s", "see what runs on this machine with `top`")
+
+
+def _hosts_cpu_s(lab: WanLab) -> float:
+    return sum(_cpu_s(pid) for host in range(len(lab.hosts)) for pid in lab.pids(host))
 
 
 class TorchRanks:
@@ -239,8 +259,8 @@ class Watch:
         self._hosts = {os.stat(NAMESPACES / name).st_ino: host for host, name in enumerate(lab.netns)}
         self._bound: set[int] = set()
         self._torch = {p for host in range(len(lab.hosts)) for p in lab.pids(host) if _title(p).find(b"wan_torch") >= 0}
-        # (when, CPU seconds of driver, actors, daemons), from the first step's end to the last one's.
-        self._samples: list[tuple[float, float, float, float]] = []
+        # When, and CPU seconds of driver, actors, daemons and other machines, from the first step's end to the last's.
+        self._samples: list[tuple[float, float, float, float, float]] = []
         self._size = 0
         self.num_steps = 0
 
@@ -250,10 +270,10 @@ class Watch:
         return SAMPLE_S if len(self._bound) >= len(self._hosts) else SAMPLE_S / 10
 
     def shares(self) -> dict[str, float]:
-        """Return what the driver, the actors and the daemons took of a core while steps ran."""
-        first, last = (self._samples[0], self._samples[-1]) if self._samples else ((0.0,) * 4, (0.0,) * 4)
+        """Return what the driver, the actors and the daemons took of a core while steps ran, and what was stolen."""
+        first, last = (self._samples[0], self._samples[-1]) if self._samples else ((0.0,) * 5, (0.0,) * 5)
         took_s = max(last[0] - first[0], 1e-9)
-        names = ("driver_share", "actors_share", "daemons_share")
+        names = ("driver_share", "actors_share", "daemons_share", "stolen_share")
         return {name: (last[i] - first[i]) / took_s for i, name in enumerate(names, start=1)}
 
     def look(self) -> None:
@@ -269,7 +289,7 @@ class Watch:
             with suppress(ProcessLookupError):
                 driver_s = cpu_s(self._driver_pid)
                 actors_s = sum(cpu_s(pid) for pid in self._bound)
-                self._samples.append((time.monotonic(), driver_s, actors_s, sum(map(_cpu_s, daemons))))
+                self._samples.append((time.monotonic(), driver_s, actors_s, sum(map(_cpu_s, daemons)), _stolen_s()))
 
     def _bind(self) -> list[int]:
         """Bind new actors; return the other processes of all hosts."""
@@ -285,6 +305,13 @@ class Watch:
                     self._lab.bind(host, pid)
                     self._bound.add(pid)
         return others
+
+
+def _stolen_s() -> float:
+    """Return the CPU seconds that were wanted here and went to other machines on the same hardware, over all cores."""
+    fields = File("/proc/stat").read_text().split("\n", 1)[0].split()
+    # "cpu", user, nice, system, idle, iowait, irq, softirq, steal.
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _title(pid: int) -> bytes:

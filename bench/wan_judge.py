@@ -40,6 +40,7 @@ def run_figures(run: Run, timed: slice) -> dict[str, Any]:
         "schedule": plan.schedule,
         "split": [stage.layer_stop - stage.layer_start for stage in plan.stages],
         "in_flight": [stage.in_flight for stage in plan.stages],
+        "nodes": [stage.node for stage in plan.stages],
         "regions": [_region(run.fleet, stage.node) for stage in plan.stages],
         "codecs": [f"{link.forward_codec}/{link.backward_codec}" for link in plan.links],
         "frame_bytes": [(link.frame_bytes_forward, link.frame_bytes_backward) for link in plan.links],
@@ -52,6 +53,7 @@ def run_figures(run: Run, timed: slice) -> dict[str, Any]:
         "driver_share": run.driver_share,
         "actors_share": run.actors_share,
         "daemons_share": run.daemons_share,
+        "stolen_share": run.stolen_share,
         "trouble": [f"{e.name}: {e.text}" for e in run.history.events if e.name in TROUBLE],
         "retuned": [f"step {e.step}: {e.text}" for e in run.history.events if e.name == "retuned"],
     }
@@ -79,8 +81,8 @@ def judge(case: Case, measured: dict[str, Any], num_microbatches: int) -> dict[s
     step_s = median_s(shaped)
     figures: dict[str, float] = {"step_s": step_s}
     # Compute as it is where no link holds it up.
-    alone = unshaped or shaped
-    stage_s = [statistics.mean(run["stage_s"][i] for run in alone) for i in range(case.num_stages)]
+    alone = [_node_stage_s(run) for run in unshaped or shaped]
+    stage_s = [statistics.mean(run[i] for run in alone) for i in range(case.num_stages)]
     figures["tau_s"] = max(stage_s)
     limit = step_limit(stage_s, _links(case, shaped[0]), num_microbatches)
     figures |= {"limit_s": limit.step_s, "period_s": limit.period_s, "of_limit": limit.step_s / step_s}
@@ -154,6 +156,15 @@ def _links(case: Case, run: dict[str, Any]) -> list[LinkTimes]:
         route: Route = case.near if regions[index] == regions[index + 1] else case.route
         links.append(link_times(tuple(frame_bytes), route.rate_mbps, route.delay_ms / 1e3))
     return links
+
+
+def _node_stage_s(run: dict[str, Any]) -> list[float]:
+    """Return what each node's stages take of it for a microbatch: of interleaved, a node has several."""
+    seconds: dict[str, float] = {}
+    for number, stage_s in enumerate(run["stage_s"]):
+        node = run["nodes"][number] if "nodes" in run else str(number)
+        seconds[node] = seconds.get(node, 0.0) + stage_s
+    return list(seconds.values())
 
 
 def _region(fleet: Fleet, node: str) -> str:

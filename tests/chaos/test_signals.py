@@ -38,7 +38,7 @@ def await_steps(process: subprocess.Popen[str], folder: RunFolder, count: int, t
     """Wait until the run has done `count` steps."""
     deadline_s = time.monotonic() + timeout_s
     while not folder.events.exists() or len(read_history(folder.events).steps) < count:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, end(process)
         assert time.monotonic() < deadline_s, f"{count} steps took more than {timeout_s} s"
         time.sleep(0.05)
 

@@ -204,16 +204,19 @@ def test_a_bucket_that_goes_away_is_told_and_training_goes_on(
     assert [event.step for event in events_of(tmp_path) if event.name == "save_failed"] == [120, 150]
 
 
+MOUNT_TIMEOUT_S = 10.0
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 kB: enough for some steps' records, for no checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if subprocess.run(mount, capture_output=True, timeout=MOUNT_TIMEOUT_S).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=MOUNT_TIMEOUT_S)
 
 
 def test_a_disk_with_no_room_for_a_checkpoint_is_told_and_training_goes_on(
