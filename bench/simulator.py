@@ -1,6 +1,6 @@
 """The simulator against the runtime as it is: steps and tensors of real runs on lab networks, and what was foreseen.
 
-    python -m bench.simulator [--quick] [--check] [--runs FOLDER]
+    python -m bench.simulator [--quick] [--check] [--only {runs,choice}] [--runs FOLDER]
 
 Groups of hosts with shares of a core each (tests/lab; root, elsewhere a skip with the reason) train over shaped links,
 as bench.wan does: shares bind compute alone. A run probes, plans and trains; then its plan is simulated twice: from
@@ -14,10 +14,11 @@ other cuts and orders on the same hosts: once all of them, then the choice and t
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 
 from actors.schedule import Action, Op
 from actors.spec import Plan
-from bench.record import bench_parser, save
+from bench.record import RESULTS, bench_parser, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, rivals
 from bench.simulator_runs import NUM_MICROBATCHES, Real, open_runs
 from bench.simulator_table import simulator_tables
@@ -40,6 +41,8 @@ from tests.tensor_peak import stage_peak_bytes
 
 # Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
 # the chosen plan's step over that of the best rival, which has as many turns as the chosen one beside it.
+# Runs held against what was foreseen of them, and a choice held against its rivals.
+PARTS = ("runs", "choice")
 CHOSEN, TURNS, NUM_AGAIN = "chosen", 2, 3
 BOUNDS = {"median_error": 0.05, "p90_error": 0.10, "least_memory": 1.0, "most_memory": 1.10, "of_best": 1.03}
 # Of one frame at both its ends, on a whole core: what is tried when fitting.
@@ -257,26 +260,16 @@ def row_text(hosts: str, real: Real, row: dict[str, Any]) -> str:
     )
 
 
-def run(quick: bool, folder: Path) -> dict[str, Any]:
-    """Run all groups, or the quick one, and return what came of them."""
+def run_groups(groups: Sequence[Group], folder: Path) -> dict[str, Any]:
+    """Run these groups, and return what came of them."""
     judged: list[dict[str, Any]] = []
     calibrating: list[tuple[Real, dict[str, Any]]] = []
-    for group in (QUICK,) if quick else GROUPS:
+    for group in groups:
         for real, row in run_group(group, folder):
             if real.trial.calibrates:
                 calibrating.append((real, row))
             else:
                 judged.append(row)
-    rivalry = {} if quick else {"rivalry": run_rivalry(folder)}
-    errors = sorted(abs(row["error"]) for row in judged)
-    ratios = [ratio for row in judged for ratio in row["memory_ratios"]]
-    figures = {
-        "median_error": statistics.median(errors),
-        "p90_error": float(np.quantile(errors, 0.9)),
-        "least_memory": min(ratios),
-        "most_memory": max(ratios),
-        **({"of_best": rivalry["rivalry"]["of_best"]} if rivalry else {}),
-    }
     return {
         "cases": judged,
         "calibrating": [row for _, row in calibrating],
@@ -284,11 +277,28 @@ def run(quick: bool, folder: Path) -> dict[str, Any]:
         "used": asdict(LAB),
         "replayed_median_error": statistics.median(abs(e) for row in judged for e in row["replayed_errors"]),
         "planned_median_error": statistics.median(abs(row["planned_error"]) for row in judged),
-        **rivalry,
-        "figures": figures,
-        "bounds": BOUNDS,
-        "missed": [name for name, figure in figures.items() if is_missed(name, figure)],
     }
+
+
+def with_figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured with what it comes to, by the bounds of today."""
+    figures: dict[str, float] = {}
+    if rows := measured.get("cases"):
+        errors = [abs(row["error"]) for row in rows]
+        ratios = [ratio for row in rows for ratio in row["memory_ratios"]]
+        figures["median_error"] = statistics.median(errors)
+        figures["p90_error"] = float(np.quantile(errors, 0.9))
+        figures |= {"least_memory": min(ratios), "most_memory": max(ratios)}
+    if "rivalry" in measured:
+        figures["of_best"] = measured["rivalry"]["of_best"]
+    missed = [name for name, figure in figures.items() if is_missed(name, figure)]
+    return {**measured, "figures": figures, "bounds": BOUNDS, "missed": missed}
+
+
+def known_parts(path: Path) -> dict[str, Any]:
+    """Return what an earlier run measured, without when and where it did; nothing where there was no such run."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {key: value for key, value in known.items() if key not in ("command", "measured_at", "machine")}
 
 
 def is_missed(name: str, figure: float) -> bool:
@@ -299,15 +309,24 @@ def is_missed(name: str, figure: float) -> bool:
 def main() -> int:
     parser = bench_parser(__doc__ or "")
     parser.add_argument("--runs", type=Path, help="keep the runs here, and judge again those that are here already")
+    parser.add_argument("--only", choices=PARTS, help="this part alone, the other as it is on file")
     arguments = parser.parse_args()
     if lacking := missing() or missing_for_cpus():
         print(f"skipped: no WAN lab here: {lacking}")
         return 0
+    parts = (arguments.only,) if arguments.only else ("runs",) if arguments.quick else PARTS
+    path: Path = arguments.out or RESULTS / f"simulator{'-quick' if arguments.quick else ''}.json"
+    measured = known_parts(path) if arguments.only else {}
     with tempfile.TemporaryDirectory() as scratch:
-        measured = run(arguments.quick, (arguments.runs or Path(scratch)).resolve())
+        folder: Path = (arguments.runs or Path(scratch)).resolve()
+        if "runs" in parts:
+            measured |= run_groups((QUICK,) if arguments.quick else GROUPS, folder)
+        if "choice" in parts:
+            measured["rivalry"] = run_rivalry(folder)
+    measured = with_figures(measured)
     path = save("simulator", arguments, measured)
     path.with_suffix(".md").write_text(simulator_tables(measured))
-    print(f"saved {path}; fitted {measured['fitted']}")
+    print(f"saved {path}; fitted {measured.get('fitted')}")
     print(
         ", ".join(f"{name} {figure:.3f}" for name, figure in measured["figures"].items())
         + f"; missed: {', '.join(measured['missed']) or 'nothing'}"

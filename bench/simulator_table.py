@@ -21,8 +21,8 @@ _HEADER = (
 
 def simulator_tables(measured: Mapping[str, Any]) -> str:
     """Return Markdown: the runs that are judged, then those that costs were fitted to, then the rivals of a choice."""
-    parts = [_table(_HEADER, map(_row, measured["cases"]))]
-    if measured["calibrating"]:
+    parts = [_table(_HEADER, map(_row, measured["cases"]))] if "cases" in measured else []
+    if measured.get("calibrating"):
         parts += ["Fitted to:", _table(_HEADER, map(_row, measured["calibrating"]))]
     if "rivalry" in measured:
         parts += [_choice(measured["rivalry"])]
