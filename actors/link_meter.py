@@ -19,7 +19,8 @@ A row claims nothing
 - where a chunk was refused for now, came damaged, or was sent again, which ends the row.
 
 Then the link was not seen full, and what is known is a lower bound: bytes over the time from the first push to the last
-receipt, the best of all rows; R is at least that.
+receipt, the best of all rows; R is at least that. Rows whose rates together are more than a quarter below it claim
+nothing either.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _GAIN, _MIN_HALVED = 1.25, 5
 _FIRST_SHARE = 0.5
 # A round trip is known where it is so much of a chunk's time on the link.
 _MIN_TRIP_SHARE = 0.3
+# The rates of rows together are at most so much below what the best of them shows to be the least.
+_MOST_BELOW = 1.25
 # Less is lost in what threads and timers add.
 _MIN_BYTES, _MIN_SECONDS = 65_536, 0.02
 # A sender that nobody asks for readings forgets all but so many chunks.
@@ -114,9 +117,10 @@ class LinkMeter:
         claims = [claim for row in rows for claim in _claims(row, _usual_s(heard))]
         num_bits, seconds = sum(bits for bits, _ in claims), sum(seconds for _, seconds in claims)
         rate = _median_rate(claims)
-        is_measured = num_bits >= 8 * _MIN_BYTES and seconds >= _MIN_SECONDS and rate >= at_least
-        if not is_measured:
-            rate = at_least
+        # Hosts that stop now and then let claims differ, and the best row of all is above their median. Much above:
+        # they were made while something else than the link was slow.
+        is_measured = num_bits >= 8 * _MIN_BYTES and seconds >= _MIN_SECONDS and _MOST_BELOW * rate >= at_least
+        rate = max(rate, at_least) if is_measured else at_least
         quickest = min(heard, key=lambda chunk: chunk.took_s)
         own_s = 8 * quickest.size_bytes / rate if is_measured else 0.0
         trip_s = quickest.took_s - own_s

@@ -14,6 +14,7 @@ import torch
 
 from actors.codecs import CODECS
 from actors.fleet_spec import Fleet
+from actors.frame import HEADER_BYTES
 from actors.settings import WireConfig
 from actors.spec import LinkPlan, Plan, StagePlan
 from orchestrator.planner.binding import Binding, what_binds
@@ -156,7 +157,9 @@ def chunk_and_window_bytes(rate_mbps: float, wire: WireConfig) -> tuple[int, int
     """Return how large the chunks of frames on a link of this rate are at most, and how many bytes may be under way."""
     bytes_per_s = rate_mbps * BITS_PER_MEGABIT / 8
     chunk_bytes = int(min(max(bytes_per_s * wire.chunk_s, wire.min_chunk_bytes), wire.max_chunk_bytes))
-    window_bytes = int(min(max(bytes_per_s * wire.window_s, 2 * chunk_bytes), wire.max_window_bytes))
+    # Two whole chunks at least: else a thin link is empty while one is acknowledged.
+    least_bytes = 2 * (chunk_bytes + HEADER_BYTES)
+    window_bytes = int(min(max(bytes_per_s * wire.window_s, least_bytes), wire.max_window_bytes))
     return chunk_bytes, window_bytes
 
 

@@ -65,6 +65,36 @@ def test_lone_frames_in_two_chunks_are_a_measurement_where_the_link_is_thin(seed
     assert fat.rate_mbps > 40.0
 
 
+# Pushes and receipts of one step, six raw frames of 1 MB in two chunks each, as a host noted them that had to share its
+# cores, on a link of the lab that fell from 100 to 4 Mbit/s: no two frames meet on it, and intervals differ by a third.
+_NOTED = (
+    (0.000, 1.167),
+    (0.001, 2.345),
+    (2.215, 3.973),
+    (2.219, 4.974),
+    (4.738, 6.007),
+    (4.739, 7.521),
+    (7.047, 8.602),
+    (7.049, 9.956),
+    (9.339, 10.876),
+    (9.340, 12.254),
+    (11.580, 13.465),
+    (11.581, 14.473),
+)
+
+
+def test_a_noisy_hosts_lone_frames_are_a_measurement() -> None:
+    meter = LinkMeter()
+    for number, (pushed_s, _) in enumerate(_NOTED):
+        meter.pushed(number, 524_392, pushed_s)
+    for number, (_, heard_s) in enumerate(_NOTED):
+        meter.settled(number, heard_s, 0.0)
+    state = meter.drain()
+    assert state is not None
+    assert state.is_measured
+    assert state.rate_mbps == pytest.approx(4.0, rel=0.15)
+
+
 def test_a_chunk_pushed_while_another_is_on_the_link_also_waits() -> None:
     bursts = [Burst(at_s=0.0, frames=[[MB]]), Burst(at_s=0.5, frames=[[MB]])]
     state = read(constant(4.0, 0.02), bursts)
