@@ -189,5 +189,5 @@ def test_chunks_and_windows_keep_to_any_bounds(
     assert wire.min_chunk_bytes <= link.chunk_bytes <= wire.max_chunk_bytes
     assert link.chunk_bytes <= link.window_bytes <= wire.max_window_bytes
     if wire.min_chunk_bytes < link.chunk_bytes < wire.max_chunk_bytes:
-        # Less where that is half a frame.
-        assert link.chunk_bytes <= rate_mbps * 125_000 * wire.chunk_s + 1
+        half_frame_bytes = -(-max(link.frame_bytes_forward, link.frame_bytes_backward) // 2)
+        assert link.chunk_bytes == pytest.approx(min(rate_mbps * 125_000 * wire.chunk_s, half_frame_bytes), abs=1)

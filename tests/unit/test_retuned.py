@@ -65,6 +65,16 @@ def test_a_thin_link_takes_more_in_flight_and_longer() -> None:
     assert after.link_codecs == before.link_codecs, "quality is not the planner's to spend"
 
 
+def test_a_thin_link_takes_large_frames_in_smaller_pieces() -> None:
+    large = replace(BIG, batch=replace(BIG.batch, seq_len=1024), model=replace(BIG.model, max_positions=1024))
+    wire = WireConfig(forward="none", backward="none")
+    these, config = at(FAT), PlanConfig(split=SPLIT, schedule="bdp")
+    before = plan(these, large, wire, split=SPLIT, schedule="bdp", pins={"a": "0", "b": "1", "c": "2"})
+    ways = {(0, 1): WayState(rate_mbps=THIN, delay_s=0.05), (1, 0): WayState(rate_mbps=THIN, delay_s=0.05)}
+    after, _ = retuned(before, these, large, wire, config, ways)
+    assert after.links[0].chunk_bytes < before.links[0].chunk_bytes
+
+
 def test_memory_bounds_what_is_in_flight() -> None:
     these = at(FAT)
     before = planned(these)
