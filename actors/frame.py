@@ -88,13 +88,22 @@ def rounding_seed(run: int, step: int, microbatch: int, kind: Kind, source: int)
     return max(1, int.from_bytes(hashlib.sha256(words).digest()[:4], "little"))
 
 
+def count_chunks(frame_bytes: int, chunk_bytes: int) -> int:
+    return max(1, -(-frame_bytes // chunk_bytes))
+
+
+def even_chunk_bytes(frame_bytes: int, chunk_bytes: int) -> int:
+    """Return the size of a frame's chunks, the last of which may be smaller, where they are `chunk_bytes` at most."""
+    return -(-frame_bytes // count_chunks(frame_bytes, chunk_bytes))
+
+
 def split_frame(header: FrameHeader, payload: memoryview, chunk_bytes: int) -> Iterator[bytes]:
     """Yield the frame's chunks, at most `chunk_bytes` of payload each; `header` describes the whole frame.
 
     They are even: times of chunks that follow one another tell a link's rate best where none is a small rest.
     """
-    num_chunks = max(1, -(-len(payload) // chunk_bytes))
-    even_bytes = -(-len(payload) // num_chunks)
+    num_chunks = count_chunks(len(payload), chunk_bytes)
+    even_bytes = even_chunk_bytes(len(payload), chunk_bytes)
     for chunk in range(num_chunks):
         offset = chunk * even_bytes
         part = payload[offset : offset + even_bytes]
@@ -114,7 +123,7 @@ def split_frame(header: FrameHeader, payload: memoryview, chunk_bytes: int) -> I
 
 def wire_bytes(frame_bytes: int, chunk_bytes: int) -> int:
     """Return what a frame takes on its link, the headers of its chunks included."""
-    return frame_bytes + HEADER_BYTES * max(1, -(-frame_bytes // chunk_bytes))
+    return frame_bytes + HEADER_BYTES * count_chunks(frame_bytes, chunk_bytes)
 
 
 def pack_chunk(header: FrameHeader, payload: memoryview) -> bytes:

@@ -28,9 +28,14 @@ def bench_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def result_path(name: str, arguments: argparse.Namespace) -> Path:
+    """Return where the JSON of a bench goes."""
+    return arguments.out or RESULTS / f"{name}{'-quick' if arguments.quick else ''}.json"
+
+
 def save(name: str, arguments: argparse.Namespace, measured: Mapping[str, object]) -> Path:
     """Write what was measured, with the command, the machine and the versions, and return the file."""
-    path: Path = arguments.out or RESULTS / f"{name}{'-quick' if arguments.quick else ''}.json"
+    path = result_path(name, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "command": f"python -m bench.{name}{' --quick' if arguments.quick else ''}",

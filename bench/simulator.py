@@ -27,7 +27,7 @@ import numpy as np
 
 from actors.schedule import Action, Op
 from actors.spec import Plan
-from bench.record import RESULTS, bench_parser, save
+from bench.record import bench_parser, result_path, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, rivals
 from bench.simulator_runs import NUM_MICROBATCHES, Real, open_runs
 from bench.simulator_table import simulator_tables
@@ -39,11 +39,11 @@ from orchestrator.simulator.step import StepSimulation, placement_of
 from tests.lab.wanlab import missing, missing_for_cpus
 from tests.tensor_peak import stage_peak_bytes
 
-# Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
-# the chosen plan's step over that of the best rival, which has as many turns as the chosen one beside it.
 # Runs held against what was foreseen of them, and a choice held against its rivals.
 PARTS = ("runs", "choice")
 CHOSEN, TURNS, NUM_AGAIN = "chosen", 2, 3
+# Of the runs that are judged: errors of the step time foreseen from the probe, memory foreseen over memory taken, and
+# the chosen plan's step over that of the best rival, which has as many turns as the chosen one beside it.
 BOUNDS = {"median_error": 0.05, "p90_error": 0.10, "least_memory": 1.0, "most_memory": 1.10, "of_best": 1.03}
 # Of one frame at both its ends, on a whole core: what is tried when fitting.
 FRAME_S = (0.0, 0.0006, 0.0012, 0.0024, 0.0036)
@@ -155,7 +155,7 @@ def judge(real: Real) -> dict[str, Any]:
         "hosts": real.group.cpus,
         "trial": asdict(real.trial),
         "schedule": plan.schedule,
-        "layers": [stage.layer_stop - stage.layer_start for stage in plan.stages],
+        "layers": sizes_of(plan),
         "in_flight": plan.in_flight,
         "link_mbps": [link.rate_mbps for link in plan.links],
         "link_delay_s": [link.delay_s for link in plan.links],
@@ -315,7 +315,7 @@ def main() -> int:
         print(f"skipped: no WAN lab here: {lacking}")
         return 0
     parts = (arguments.only,) if arguments.only else ("runs",) if arguments.quick else PARTS
-    path: Path = arguments.out or RESULTS / f"simulator{'-quick' if arguments.quick else ''}.json"
+    path = result_path("simulator", arguments)
     measured = known_parts(path) if arguments.only else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = (arguments.runs or Path(scratch)).resolve()
@@ -324,7 +324,7 @@ def main() -> int:
         if "choice" in parts:
             measured["rivalry"] = run_rivalry(folder)
     measured = with_figures(measured)
-    path = save("simulator", arguments, measured)
+    save("simulator", arguments, measured)
     path.with_suffix(".md").write_text(simulator_tables(measured))
     print(f"saved {path}; fitted {measured.get('fitted')}")
     print(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.random_tokens import write_random_tokens
-from bench.record import RESULTS, bench_parser, save
+from bench.record import bench_parser, result_path, save
 from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK_BOUNDS, QUICK_MICROBATCHES, Case, quick
 from bench.wan_field import Field, open_field
 from bench.wan_judge import certified_step_s, judge, judge_fall, median_s, run_figures
@@ -178,7 +178,7 @@ def main() -> int:
         return 0
     num_microbatches = QUICK_MICROBATCHES if arguments.quick else BATCH["num_microbatches"]
     num_rounds = 0 if arguments.quick else arguments.rounds
-    path: Path = arguments.out or RESULTS / f"wan{'-quick' if arguments.quick else ''}.json"
+    path = result_path("wan", arguments)
     cases = [quick(case) for case in CASES if case.name in QUICK_BOUNDS] if arguments.quick else CASES
     names = arguments.only or [case.name for case in cases]
     results = known_cases(path)

@@ -194,13 +194,15 @@ def settle(lab: WanLab) -> None:
     while time.monotonic() < deadline_s:
         before_s, began_s = _hosts_cpu_s(lab), time.monotonic()
         time.sleep(SETTLED_FOR_S)
-        if _hosts_cpu_s(lab) - before_s < SETTLED_SHARE * (time.monotonic() - began_s):
+        # What ended meanwhile would count as less than nothing.
+        taken_s = sum(max(0.0, seconds - before_s.get(pid, 0.0)) for pid, seconds in _hosts_cpu_s(lab).items())
+        if taken_s < SETTLED_SHARE * (time.monotonic() - began_s):
             return
     raise LabError(f"hosts are still busy after {SETTLE_TIMEOUT_S:.0f} s", "see what runs on this machine with `top`")
 
 
-def _hosts_cpu_s(lab: WanLab) -> float:
-    return sum(_cpu_s(pid) for host in range(len(lab.hosts)) for pid in lab.pids(host))
+def _hosts_cpu_s(lab: WanLab) -> dict[int, float]:
+    return {pid: _cpu_s(pid) for host in range(len(lab.hosts)) for pid in lab.pids(host)}
 
 
 class TorchRanks:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.frame import HEADER_BYTES
+from actors.frame import HEADER_BYTES, even_chunk_bytes
 from actors.frame_times import ArrivedFrame, SentFrame
 from actors.spec import Plan
 from orchestrator.records import StageRecord
@@ -46,8 +46,7 @@ class LinkFigures:
 
     def first_chunk_bytes(self, frame_bytes: int) -> int:
         """Return how long the first chunk is of a frame that takes so many bytes, headers included."""
-        num_chunks = max(1, -(-frame_bytes // (self.chunk_bytes + HEADER_BYTES)))
-        return -(-frame_bytes // num_chunks)
+        return even_chunk_bytes(frame_bytes, self.chunk_bytes + HEADER_BYTES)
 
 
 def is_time(seconds: float) -> bool:
