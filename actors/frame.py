@@ -89,6 +89,7 @@ def rounding_seed(run: int, step: int, microbatch: int, kind: Kind, source: int)
 
 
 def count_chunks(frame_bytes: int, chunk_bytes: int) -> int:
+    """Return how many chunks a frame goes in, none larger than `chunk_bytes`; an empty frame has one."""
     return max(1, -(-frame_bytes // chunk_bytes))
 
 
