@@ -15,12 +15,12 @@ A row claims nothing
 
 - while it still gains speed (its second half is a quarter faster than its first: TCP after a pause), and a row too
   short to show that, unless its first chunk was as fast;
-- of less than 64 kB or 20 ms, where threads and timers are what is seen;
+- where all rows together have less than 64 kB or 20 ms: there threads and timers are what is seen;
 - where a chunk was refused for now, came damaged, or was sent again, which ends the row.
 
 Then the link was not seen full, and what is known is a lower bound: bytes over the time from the first push to the last
-receipt, the best of all rows; R is at least that. Rows whose rates together are more than a quarter below it claim
-nothing either.
+receipt, the best of all rows; R is at least that. Where it is more than a quarter above what rows claim together, they
+claim nothing either.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class LinkMeter:
             return None
         rows = list(_rows(over))
         at_least = max(_bits(row) / _seconds(row[0].pushed_s, row) for row in rows)
-        claims = [claim for row in rows for claim in _claims(row, _usual_s(heard))]
+        usual_s = _usual_s(heard)
+        claims = [claim for row in rows for claim in _claims(row, usual_s)]
         num_bits, seconds = sum(bits for bits, _ in claims), sum(seconds for _, seconds in claims)
         rate = _median_rate(claims)
         # Hosts that stop now and then let claims differ, and the best row of all is above their median. Much above:

@@ -164,6 +164,7 @@ def draw_problem(rng: np.random.Generator, *, is_chain: bool, memory: str) -> Pr
         first_state_bytes=end_bytes,
         last_state_bytes=end_bytes,
         layer_saved_bytes_N=np.full(nodes, between(1e7, 1e8)),
+        layer_halved_bytes_N=np.full(nodes, 1e7),
         raw_frame_bytes_N=np.full(nodes, 1e7),
         flight_bytes_N=np.full(nodes, 1e7),
         fixed_bytes_N=np.full(nodes, 5e7),

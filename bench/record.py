@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -38,13 +39,18 @@ def save(name: str, arguments: argparse.Namespace, measured: Mapping[str, object
     path = result_path(name, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": f"python -m bench.{name}{' --quick' if arguments.quick else ''}",
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([f"python -m bench.{name}", *sys.argv[1:]]),
+        "measured_at": moment(),
         "machine": machine(),
         **measured,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
+
+
+def moment() -> str:
+    """Return the time of now, as results have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine() -> dict[str, object]:

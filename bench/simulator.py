@@ -31,8 +31,6 @@ from bench.record import bench_parser, result_path, save
 from bench.simulator_cases import GROUPS, QUICK, RIVALRY, Group, rivals
 from bench.simulator_runs import NUM_MICROBATCHES, Real, open_runs
 from bench.simulator_table import simulator_tables
-from orchestrator.planner.build import FRAME_COPIES
-from orchestrator.planner.evaluate import memory_bytes
 from orchestrator.records import StepRecord
 from orchestrator.simulator.overheads import MEASURED_ON_CPU, Overheads
 from orchestrator.simulator.step import StepSimulation, placement_of
@@ -135,20 +133,8 @@ def judge(real: Real) -> dict[str, Any]:
     """Return what was foreseen of a run and what it did."""
     plan, steps = real.run.plan, real.steps
     simulation = real.simulated(real.problem, LAB)
-    placement = placement_of(plan, real.run.fleet)
-    frames_N = FRAME_COPIES * real.problem.raw_frame_bytes_N
     # Frames that wait are not among the tensors that are counted below.
-    foreseen = [
-        memory_bytes(
-            real.problem,
-            node,
-            placement.bounds[stage],
-            placement.bounds[stage + 1],
-            int(simulation.in_flight_peak_U[stage]),
-        )
-        - float(frames_N[node])
-        for stage, (node,) in enumerate(placement.nodes)
-    ]
+    foreseen: list[float] = simulation.tensor_bytes_U.tolist()
     held = [max(step.stages[i].held_bytes for step in real.run.history.steps) for i in range(len(plan.stages))]
     taken = [tensor_bytes(real, stage.stage) for stage in plan.stages]
     return {
@@ -228,7 +214,7 @@ def run_rivalry(folder: Path) -> dict[str, Any]:
         "turns_s": turns,
         "again_s": again_s,
         "best": best,
-        "of_best": again_s[CHOSEN] / min(again_s.values()),
+        "of_best": again_s[CHOSEN] / again_s[best],
     }
 
 

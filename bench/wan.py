@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.random_tokens import write_random_tokens
-from bench.record import bench_parser, result_path, save
+from bench.record import bench_parser, moment, result_path, save
 from bench.wan_cases import BATCH, CASES, MODEL, NONE, QUICK_BOUNDS, QUICK_MICROBATCHES, Case, quick
 from bench.wan_field import Field, open_field
 from bench.wan_judge import certified_step_s, judge, judge_fall, median_s, run_figures
@@ -102,7 +102,9 @@ class Turns:
         figures = run_figures(run, slice(NUM_BEFORE + NUM_TO_ADAPT, None))
         # In its middle the route changes, so the step after the last whole fast one is not counted.
         figures["fallen_step_s"] = [step.step_s for step in steps[NUM_BEFORE + 1 :]]
-        figures["events"] = [f"{event.step} {event.name}: {event.text}" for event in run.history.events]
+        figures["all_step_s"] = [step.step_s for step in steps]
+        events = [event for event in run.history.events if event.name != "saved"]
+        figures["events"] = [f"{event.step} {event.name}: {event.text}" for event in events]
         self._keep("isthmus", "shaped", figures)
         self._isthmus("planned", "shaped", BUDGET_WORDS, 0)
 
@@ -169,7 +171,9 @@ def known_cases(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = bench_parser(__doc__ or "")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases, and the others as they are on file")
+    named = [case.name for case in CASES]
+    words = "these cases, and the others as they are on file"
+    parser.add_argument("--only", nargs="+", choices=named, metavar="CASE", help=words)
     parser.add_argument("--fresh", action="store_true", help="run again what is on file")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of every system in a case")
     arguments = parser.parse_args()
@@ -189,10 +193,12 @@ def main() -> int:
             known = results.get(case.name, {})
             is_known = known.get("settings") == settings and not arguments.fresh
             if is_known:
-                # By the bounds of today.
+                # By the bounds of today. Cases of older versions do not say when they were measured.
                 result = judged(case, known["measured"], num_microbatches)
+                result |= {key: known[key] for key in ("measured_at", "rounds") if key in known}
             elif case.name in names:
                 result = run_case(case, num_microbatches, num_rounds, Path(scratch))
+                result |= {"measured_at": moment(), "rounds": num_rounds}
             else:
                 continue
             results[case.name] = {

@@ -57,7 +57,7 @@ class Run:
     actors_share: float = 0.0
     # Ray's own processes on all hosts, and whatever else runs there.
     daemons_share: float = 0.0
-    # What others on the same machine took of all its cores, as its hypervisor says.
+    # What others on the same machine took of its cores, in cores, as its hypervisor says.
     stolen_share: float = 0.0
 
 

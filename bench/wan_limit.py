@@ -5,6 +5,10 @@ microbatches. A step then takes the way of the first microbatch down and up all 
 whatever is slowest:
 
     sum of stage times + sum over links of (t_f + t_b + round trip) + (M - 1) max(tau, every t_f, every t_b)
+
+No order is shorter where the last stage is the slowest, as where all are alike: it waits for the way down and is waited
+for on the way up. Behind a slower stage in the middle, work of those after it may hide in part, so a step may come out
+a little below.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from rich.console import Console
 from actors.errors import FleetError, IsthmusError, NonFinite, PeerLost, PeerTimeout, StageError
 from actors.fleet_spec import Fleet, NodeCard
 from actors.spec import EvalReport, Plan, StepReport
+from orchestrator.baseline_job import Act, CoreShare, Message, TrainJob, fit, program, share_cores
 from orchestrator.config import RunConfig
 from orchestrator.events import encode
 from orchestrator.fleet import answer_of, first_line, open_ray
@@ -36,7 +37,6 @@ from orchestrator.recipe import require_data, resolve, save_plan
 from orchestrator.records import EvalRecord, EventRecord
 from orchestrator.runfolder import BASELINE_SUFFIX, RunFolder, disk_errors, write_atomic
 from orchestrator.tracking import Tracker, open_tracker
-from orchestrator.trainjob import Act, CoreShare, Message, TrainJob, fit, program, share_cores
 
 # How often a driver that waits for a message looks whether the job has failed.
 _POLL_S = 1.0

@@ -19,15 +19,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from actors.errors import (
-    CheckpointCorrupt,
-    DiskFull,
-    IsthmusError,
-    PeerError,
-    PeerLost,
-    StageError,
-    StoreError,
-)
+from actors.errors import CheckpointCorrupt, DiskFull, IsthmusError, PeerError, PeerLost, StageError, StoreError
 from actors.spec import Commit, EvalOrder, Plan, SaveOrder, StepOrder, StepReport
 from actors.store import check_store, open_store
 from orchestrator.canary import judge, readings_of, with_step_downs
@@ -132,12 +124,13 @@ class _Run:
         while True:
             try:
                 if not self._is_placed:
+                    # A node was lost in the step before.
                     self._rebuild()
                 if self._is_done or interrupted():
                     self._close()
                     break
                 if self._evaluation_is_due():
-                    self._settle()
+                    self._commit_alone()
                     self._evaluate()
                 reports = self._run_step()
             except (PeerError, StageError) as error:
@@ -168,12 +161,13 @@ class _Run:
     def _close(self) -> None:
         """Commit the last step, save it, and look at the held-out loss where the run is complete."""
         save = self._save_order() if self._saving.newest_step != self._state.step else None
-        self._settle(save)
+        self._commit_alone(save)
         if self._is_done:
             self._evaluate()
         self._saving.collect(self._stages.flush())
 
     def _require_saved(self) -> None:
+        """Raise StoreError where the last step's checkpoint could not be written."""
         if self._saving.newest_step != self._state.step:
             raise StoreError(
                 f"the last checkpoint, of step {self._state.step}, could not be written: {self._saving.last_failure}",
@@ -181,6 +175,7 @@ class _Run:
             )
 
     def _run_step(self) -> tuple[StepReport, ...]:
+        """Order the next step, with the commit of the one before and perhaps a checkpoint of it; return the reports."""
         every = self._config.checkpoints.every_steps
         step = self._state.step
         is_due = every > 0 and step > 0 and step % every == 0 and self._saving.newest_step != step
@@ -273,11 +268,25 @@ class _Run:
         newest_generation = self._past.newest.generation if self._past.newest else 0
         generation = max(self._state.generation, newest_generation) + 1
         self._stages.assign(generation)
+        step = self._load(generation)
+        manifest = self._past.newest
+        history = manifest.history if manifest else History()
+        self._state = replace(self._state, step=step, generation=generation, history=history)
+        self._is_placed = True
+        self._commit = None
+        self._saving.newest_step = step if manifest else -1
+        self._progress = self._progress.rewound(
+            tokens=manifest.tokens_trained if manifest else 0, dollars=manifest.dollars if manifest else 0.0
+        )
+        self._tell_origin()
+
+    def _load(self, generation: int) -> int:
+        """Load the newest checkpoint that proves whole into the stages, and return the step that it is of."""
         while True:
             order = self._past.load_order(generation)
             try:
                 self._stages.load(order)
-                break
+                return order.step
             except CheckpointCorrupt as error:
                 # A hash showed what sizes could not.
                 self._past.bad.append(str(error))
@@ -285,18 +294,9 @@ class _Run:
                 # Only once another is found: without its manifest the last one could be taken for none, and the run
                 # for a new one.
                 self._past.ledger.set_aside(order.step)
-        manifest = self._past.newest
-        history = manifest.history if manifest else History()
-        self._state = replace(self._state, step=order.step, generation=generation, history=history)
-        self._is_placed = True
-        self._commit = None
-        self._saving.newest_step = order.step if manifest else -1
-        self._progress = self._progress.rewound(
-            tokens=manifest.tokens_trained if manifest else 0, dollars=manifest.dollars if manifest else 0.0
-        )
-        self._tell_origin()
 
     def _tell_origin(self) -> None:
+        """Say where the run begins or goes on from, and which checkpoints could not be used."""
         for bad in self._past.bad:
             self._tell(self._state.step, "checkpoint_bad", bad)
         self._past.bad.clear()
@@ -306,8 +306,8 @@ class _Run:
         else:
             self._tell(0, "started", f"{self._config.model.num_params:,} parameters on {nodes}")
 
-    def _settle(self, save: SaveOrder | None = None) -> None:
-        """Commit the step before without running another."""
+    def _commit_alone(self, save: SaveOrder | None = None) -> None:
+        """Commit the step before without running another, where its commit still waits for an order to ride on."""
         if self._commit is None and save is None:
             return
         reports = self._stages.run(self._step_order(save, run_step=False))
@@ -315,6 +315,7 @@ class _Run:
         self._saving.collect([saved for report in reports for saved in report.saves])
 
     def _step_order(self, save: SaveOrder | None, *, run_step: bool) -> StepOrder:
+        """Order the commit that waits, a checkpoint of what it makes, and perhaps a step from there."""
         plan = self._stages.plan
         return StepOrder(
             run=self._config.name,
@@ -360,7 +361,7 @@ class _Run:
         # Stages that still wait for frames of the failed step give it up.
         self._stages.abort(self._state.generation)
         self._state = replace(self._state, generation=self._state.generation + 1)
-        self._settle(self._save_order())
+        self._commit_alone(self._save_order())
         self._saving.collect(self._stages.flush())
 
     def _save_order(self) -> SaveOrder | None:

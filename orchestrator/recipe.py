@@ -9,7 +9,6 @@ from pathlib import Path
 from actors.errors import DataError, PlanError
 from actors.fleet_spec import Fleet, ProbeOrder
 from actors.model.huggingface import read_spec
-from actors.schedule import SPLIT
 from actors.settings import BatchSpec
 from actors.spec import Plan
 from actors.store import open_store
@@ -67,7 +66,7 @@ def plan_run(config: RunConfig, crew: Crew, began_with: BatchSpec | None, before
     A run that goes on keeps the microbatches that it `began_with`: others would sum in another order. PlanError where
     the plan is of a kind that stages do not run.
     """
-    require_executed(config.plan, config.train.activation_checkpointing)
+    require_executed(config.plan)
     if began_with is not None and config.plan.microbatch_sizes is not None:
         plan_config = replace(config.plan, microbatch_sizes=(began_with.microbatch_size,))
         config = replace(config, batch=began_with, plan=plan_config)
@@ -109,15 +108,8 @@ def tuning_of(config: RunConfig, step_downs: tuple[StepDown, ...]) -> Tuning:
     )
 
 
-def require_executed(config: PlanConfig, activation_checkpointing: bool) -> None:
+def require_executed(config: PlanConfig) -> None:
     """Raise PlanError for what can be planned and simulated, but not run."""
-    if config.schedule in SPLIT and activation_checkpointing:
-        whole = "1f1b" if config.schedule == "zb-h1" else "bdp"
-        raise PlanError(
-            f"plan.schedule={config.schedule} and train.activation_checkpointing=true do not go together: a "
-            "weight gradient that is put off holds what its block computed again",
-            f"set plan.schedule={whole}, or train.activation_checkpointing=false",
-        )
     if config.max_replicas > 1:
         raise PlanError(
             f"a stage runs on one node yet, and plan.max_replicas is {config.max_replicas}; isthmus plan and isthmus "

@@ -312,7 +312,7 @@ def _plan_table(plan: Plan | None) -> str:
         f"expected {plan.step_s:.3f} s a step, {plan.even_step_s:.3f} s with even stages; {plan.tokens_per_s:,.0f} "
         f"tokens/s; {plan.dollars_per_mtoken:.4f} $/M tokens; {plan.schedule}; {plan.binds} sets the pace"
     )
-    header = ("stage", "node", "layers", "memory", "compute a step", "codecs to the next: forward / backward")
+    header = ("stage", "node", "layers", "memory", "compute a microbatch", "codecs to the next: forward / backward")
     return f"<p>{escape(expected)}</p>{_table(header, rows)}"
 
 

@@ -113,7 +113,7 @@ def _bubble_text(share: float, steps: Sequence[StepRecord], num_stages: int) -> 
     halved = share / (2 - share)
     return (
         f"filling and draining the pipeline takes {share:.0%} of the time, with {num} microbatches in {num_stages} "
-        f"stages: batch.num_microbatches={2 * num} would make that about {halved:.0%}"
+        f"stages: batch.num_microbatches={2 * num} (a step of twice the tokens) would make that about {halved:.0%}"
     )
 
 
@@ -232,5 +232,5 @@ def _smaller(link: LinkPlan, codec: str, ladder: Sequence[str]) -> str | None:
 
 def _times_fewer(link: LinkPlan, codec: str, smaller: str) -> str:
     before, after = _frame_bytes(link, codec), _frame_bytes(link, smaller)
-    price = ", for some of the loss (docs/quality.md)" if smaller.startswith("hq4") else ""
+    price = ", at a higher loss (docs/quality.md)" if smaller.startswith("hq4") else ""
     return (f"{before / after:.1f} times fewer bytes" if before and after else "fewer bytes") + price

@@ -43,6 +43,7 @@ def uneven_problem(rng: np.random.Generator, *, most_nodes: int = 6, most_layers
         first_state_bytes=float(rng.integers(4)),
         last_state_bytes=float(rng.integers(4)),
         layer_saved_bytes_N=spread(0.2, 1.0, num_nodes),
+        layer_halved_bytes_N=np.full(num_nodes, 0.2),
         raw_frame_bytes_N=np.zeros(num_nodes),
         flight_bytes_N=spread(0.1, 1.0, num_nodes),
         fixed_bytes_N=spread(0.1, 1.0, num_nodes),

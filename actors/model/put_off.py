@@ -95,6 +95,8 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad_BTO,) = grads
         input_BTI, cast_OI = ctx.saved_tensors
+        # Detached, else what is put off would keep the whole graph, and with it the stage's input and its gradient.
+        input_BTI = input_BTI.detach()
         product = Product(ctx.weight, input_BTI.flatten(0, -2), grad_BTO.flatten(0, -2))
         grad_BTI = None
         if ctx.needs_input_grad[0]:

@@ -136,7 +136,7 @@ def link_plan(option: Option, stage: int) -> LinkPlan:
     forward, backward = option.pairs[stage]
     frame_bytes = [CODECS[name].size_bytes(num_elements, dtype) for name in (forward, backward)]
     # At least two to a frame, if it is not small: a chunk behind another says how fast the link is, one alone does not.
-    chunk_bytes = min(chunk_bytes, max(-(-max(frame_bytes) // 2), wire.min_chunk_bytes))
+    chunk_bytes = min(chunk_bytes, max(-(-min(frame_bytes) // 2), wire.min_chunk_bytes))
     return LinkPlan(
         source_stage=stage,
         target_stage=stage + 1,

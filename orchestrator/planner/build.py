@@ -25,6 +25,7 @@ from orchestrator.planner.memory import (
     STATE_BYTES_PER_PARAM,
     block_bytes,
     flight_bytes,
+    halved_block_bytes,
     head_passing_bytes,
     head_saved_bytes,
     passing_bytes,
@@ -81,6 +82,11 @@ def make_problem(
     sizes = [node.boundary_bytes for node in nodes]
     frame_N = column([raw_frame_bytes(model, batch, size) for size in sizes])
     block_N = column([block_bytes(model, batch, size, work.document_mask) for size in sizes])
+    halved_N = column([halved_block_bytes(model, batch, size) for size in sizes])
+    saved_N = frame_N if work.activation_checkpointing else block_N
+    if work.schedule in SPLIT:
+        # A block that was computed again keeps more between its halves than before them.
+        saved_N = np.maximum(saved_N, halved_N)
     fixed_N = FRAME_COPIES * frame_N + passing_bytes(model, batch, in_halves=work.schedule in SPLIT)
     is_float32 = all(size == FLOAT32_BYTES for size in sizes)
     table = link_table(fleet)
@@ -101,7 +107,8 @@ def make_problem(
         first_state_bytes=float(STATE_BYTES_PER_PARAM * model.embedding_params),
         last_state_bytes=float(STATE_BYTES_PER_PARAM * model.head_params),
         raw_frame_bytes_N=frame_N,
-        layer_saved_bytes_N=frame_N if work.activation_checkpointing else block_N,
+        layer_saved_bytes_N=saved_N,
+        layer_halved_bytes_N=halved_N,
         flight_bytes_N=column([flight_bytes(model, batch, size, work.document_mask) for size in sizes]),
         fixed_bytes_N=fixed_N + (block_N if work.activation_checkpointing else 0.0),
         last_bytes=head_passing_bytes(model, batch, is_float32=is_float32),

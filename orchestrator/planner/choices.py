@@ -57,8 +57,8 @@ class PlanConfig:
     max_replicas: int = 1
     copies: int = 1
     domains: int = 1
-    # A plan must be better by this share to take the place of a plainer one (an even split, 1F1B, batch's own size of a
-    # microbatch), so that the probe's noise does not move layers about. Not applied to fleets that are estimated.
+    # A plan must be better by this share to take the place of a plainer one (an even split, `bdp`, batch's own size of
+    # a microbatch), so that the probe's noise does not move layers about. Not applied to fleets that are estimated.
     noise: float = 0.05
     # Placements that the search may look at, for each schedule, microbatch size and set of codecs; and its seed.
     evaluations: int | None = None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from orchestrator.planner.assemble import Option
 from orchestrator.planner.build import make_problem
-from orchestrator.planner.choices import PlanConfig
+from orchestrator.planner.choices import PlanConfig, noise_of
 from orchestrator.planner.codecs import LADDER, CodecPair, choose_codecs, choose_thin
 from orchestrator.planner.evaluate import evaluate
 from orchestrator.planner.problem import Problem
@@ -33,10 +33,10 @@ def with_codecs(option: Option, config: PlanConfig, foreseen_s: Callable[[Proble
         return evaluate(problem, placement).step_s if foreseen_s is None else foreseen_s(problem)
 
     if config.quality_budget is not None:
-        pairs = choose_codecs(num_links, config.quality_budget, config.noise, step_s)
+        pairs = choose_codecs(num_links, config.quality_budget, noise_of(option.fleet, config), step_s)
     elif option.wire.thin and num_links:
         set_L = tuple(option.wire.codecs_of(stage) for stage in range(num_links))
-        pairs = choose_thin(set_L, option.wire.thin_pairs, config.noise, step_s)
+        pairs = choose_thin(set_L, option.wire.thin_pairs, noise_of(option.fleet, config), step_s)
     else:
         return option
     return replace(option, problem=with_pairs(pairs), pairs=pairs)

@@ -17,6 +17,9 @@ STATE_BYTES_PER_PARAM = 16
 # give, queries, attention's output; keys and values; the gated product, its factors, and what silu takes. Mixed
 # precision, on the high side: projections before and after rotation, and casts, too.
 _FLOAT32_WIDTHS, _MIXED_WIDTHS = (8, 2, 4), (10, 4, 5)
+# Kept of a block from the first half of its backward to the second: what each linear layer takes, and the gradient of
+# what it gives. Mixed precision: layers that take the same have each a cast of it.
+_FLOAT32_HALVED_WIDTHS, _MIXED_HALVED_WIDTHS = (6, 2, 3), (9, 2, 3)
 # Losses, counts and flags of a step: next to nothing.
 _ODDS_BYTES = 65_536
 # In mixed precision: logits, their float32 copy and the gradient.
@@ -38,6 +41,13 @@ def block_bytes(model: ModelSpec, batch: BatchSpec, element_bytes: int, document
     else:
         # Attention weights, where a fused kernel does not take a mask.
         widths += batch.seq_len * (1 / element_bytes + model.num_heads)
+    return float(element_bytes * batch.microbatch_tokens * widths)
+
+
+def halved_block_bytes(model: ModelSpec, batch: BatchSpec, element_bytes: int) -> float:
+    """Return what one block keeps of one microbatch whose backward has done its first half."""
+    hidden, kv, ffn = _FLOAT32_HALVED_WIDTHS if element_bytes == FLOAT32_BYTES else _MIXED_HALVED_WIDTHS
+    widths = hidden * model.hidden_size + kv * model.num_kv_heads * model.head_size + ffn * model.ffn_size
     return float(element_bytes * batch.microbatch_tokens * widths)
 
 

@@ -180,9 +180,8 @@ class _Way:
 
 def _ways(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig) -> Iterator[_Way]:
     schedules: Sequence[ScheduleName] = CHOSEN_SCHEDULES if config.schedule is None else (config.schedule,)
-    if config.schedule is None and (work.activation_checkpointing or cores_are_shared(fleet)):
-        # A half put off holds all that its blocks computed again, which memory is not counted for; and where cores are
-        # shared, what waits leave of them is the other nodes'.
+    if config.schedule is None and cores_are_shared(fleet):
+        # What waits leave of shared cores is the other nodes'.
         schedules = [schedule for schedule in schedules if schedule not in SPLIT]
     if config.schedule is None and len(fleet.nodes) > _MOST_NODES_ZB_H1:
         schedules = [schedule for schedule in schedules if schedule != "zb-h1"]

@@ -47,6 +47,8 @@ class Problem:
     first_state_bytes: float
     last_state_bytes: float
     layer_saved_bytes_N: Floats
+    # Of what a layer keeps, what it still does once the first half of a backward is done.
+    layer_halved_bytes_N: Floats
     flight_bytes_N: Floats
     fixed_bytes_N: Floats
     last_bytes: float

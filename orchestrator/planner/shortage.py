@@ -140,6 +140,8 @@ def _changes(fleet: Fleet, work: Workload, num_stages: int | None) -> Iterator[t
     """Yield changes, the smallest first: in words, and what is then planned."""
     if work.schedule in ("gpipe", "zb-h1"):
         yield "plan.schedule=1f1b", fleet, replace(work, schedule="1f1b"), num_stages
+    elif work.schedule == "bdp-split":
+        yield "plan.schedule=bdp", fleet, replace(work, schedule="bdp"), num_stages
     smaller = [size for size in range(work.batch.microbatch_size - 1, 0, -1) if work.batch.microbatch_size % size == 0]
     recomputing = replace(work, activation_checkpointing=True)
     for size in smaller:

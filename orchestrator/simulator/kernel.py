@@ -70,8 +70,10 @@ class Layout(NamedTuple):
     downlink_byte_s_U: Floats
     # Whether encoding and decoding take the processor from compute, as they do on a CPU, or run beside it.
     codec_computes_U: NDArray[np.bool_]
-    # What a microbatch in flight keeps, and a boundary tensor that waits to be sent or used.
+    # What a microbatch in flight keeps, what it does between the halves of its backward, and a boundary tensor that
+    # waits to be sent or used.
     flight_bytes_U: Floats
+    halved_bytes_U: Floats
     raw_bytes_U: Floats
 
 
@@ -81,8 +83,9 @@ class Played(NamedTuple):
     begin_s_ASM: Floats
     end_s_ASM: Floats
     usable_s_DSM: Floats
-    # Of what changes within a step: activations in flight and frames.
+    # Of what changes within a step: activations in flight and frames; and of activations alone.
     peak_bytes_U: Floats
+    flight_peak_bytes_U: Floats
     in_flight_peak_U: Ints
     # What the next step finds.
     window_DQ: Floats
@@ -117,6 +120,7 @@ def play(layout: Layout) -> Played:
     shared_free_s_X = np.zeros(len(layout.shared_byte_s_X))
     left_s_DSM = np.zeros((2, num_stages, num_microbatches))
     memory_U, peak_bytes_U = np.zeros(num_nodes), np.zeros(num_nodes)
+    in_flight_bytes_U, flight_peak_bytes_U = np.zeros(num_nodes), np.zeros(num_nodes)
     num_left = num_stages * num_microbatches * (3 if layout.is_split else 2)
     num_cells = num_stages * num_microbatches
     # Of each node one event at most waits, of each frame two: the next on its way, and its acknowledgement.
@@ -140,10 +144,14 @@ def play(layout: Layout) -> Played:
             is_busy_U[u] = False
             num_left -= 1
             awake = u
-            is_last_use = op == WEIGHT or (op == BACKWARD and not layout.is_split)
-            if is_last_use:
+            let_go = 0.0
+            if op == WEIGHT or (op == BACKWARD and not layout.is_split):
                 in_flight_U[u] -= 1
-                memory_U[u] -= layout.flight_bytes_U[u]
+                let_go = layout.halved_bytes_U[u] if layout.is_split else layout.flight_bytes_U[u]
+            elif op == BACKWARD:
+                let_go = layout.flight_bytes_U[u] - layout.halved_bytes_U[u]
+            memory_U[u] -= let_go
+            in_flight_bytes_U[u] -= let_go
             if op == BACKWARD and stage + 1 < num_stages:
                 memory_U[u] -= layout.raw_bytes_U[u]
             direction, pair = -1, 0
@@ -235,6 +243,8 @@ def play(layout: Layout) -> Played:
         if op == FORWARD:
             in_flight_U[u] += 1
             in_flight_peak_U[u] = max(in_flight_peak_U[u], in_flight_U[u])
+            in_flight_bytes_U[u] += layout.flight_bytes_U[u]
+            flight_peak_bytes_U[u] = max(flight_peak_bytes_U[u], in_flight_bytes_U[u])
             # What came in stays as the microbatch's own input.
             memory_U[u] += layout.flight_bytes_U[u] - (layout.raw_bytes_U[u] if stage > 0 else 0.0)
         peak_bytes_U[u] = max(peak_bytes_U[u], memory_U[u])
@@ -247,6 +257,7 @@ def play(layout: Layout) -> Played:
         end_s_ASM,
         usable_s_DSM,
         peak_bytes_U,
+        flight_peak_bytes_U,
         in_flight_peak_U,
         window_DQ,
         link_free_s_DQ,

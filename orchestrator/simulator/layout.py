@@ -178,6 +178,7 @@ def make_layout(
     encode_byte_s_DQ, decode_byte_s_DQ = _codec_byte_s(cut_Q, codecs, overheads)
     layers_U = np.array([stop - start for start, stop in lineup.spans_U])
     flight_bytes_U = layers_U * problem.layer_saved_bytes_N[lineup.nodes_U] + problem.flight_bytes_N[lineup.nodes_U]
+    halved_bytes_U = layers_U * problem.layer_halved_bytes_N[lineup.nodes_U]
     flight_bytes_U += (lineup.stage_U == lineup.num_stages - 1) * problem.last_saved_bytes
     return Layout(
         node_SM=node_SM,
@@ -215,6 +216,7 @@ def make_layout(
         downlink_byte_s_U=problem.downlink_byte_s_N[lineup.nodes_U],
         codec_computes_U=np.full(len(lineup.nodes_U), overheads.codec_computes),
         flight_bytes_U=flight_bytes_U,
+        halved_bytes_U=halved_bytes_U,
         raw_bytes_U=raw_bytes_U,
     )
 

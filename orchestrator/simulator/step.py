@@ -42,6 +42,8 @@ class StepSimulation:
     # The share of the step in which a node does not compute: as real runs count it, the commit is compute.
     idle_share_U: Floats
     memory_bytes_U: Floats
+    # The same without frames.
+    tensor_bytes_U: Floats
     memory_limit_bytes_U: Floats
     in_flight_peak_U: Ints
     # The share of the step in which the link between two nodes sends, down and up.
@@ -115,6 +117,7 @@ def simulate_step(
         # A step finds its connections as the one before left them: the second is as all that follow.
         layout = layout._replace(window_DQ=played.window_DQ, last_sent_s_DQ=played.last_sent_s_DQ - step_s)
         played, finish_s_U, step_s = played_step()
+    once_U = state_U + _standing_bytes(lineup)
     compute_s_U = commit_s_U + _compute_s(lineup, layout)
     return StepSimulation(
         placement=placement,
@@ -126,7 +129,8 @@ def simulate_step(
         shares_U=np.diff(layout.own_U).astype(np.int32),
         compute_s_U=compute_s_U,
         idle_share_U=np.maximum(0.0, 1 - compute_s_U / step_s),
-        memory_bytes_U=state_U + _standing_bytes(lineup) + played.peak_bytes_U,
+        memory_bytes_U=once_U + played.peak_bytes_U,
+        tensor_bytes_U=once_U + played.flight_peak_bytes_U,
         memory_limit_bytes_U=problem.memory_bytes_N[nodes_U],
         in_flight_peak_U=played.in_flight_peak_U,
         link_busy_DQ=_link_busy_s(layout) / step_s,
@@ -169,8 +173,13 @@ def simulate_plan(
 ) -> tuple[Problem, StepSimulation]:
     """Return the arrays of a saved plan on the fleet that it was made for, and what one step of it does.
 
-    Raises PlanError where the plan names a node that the fleet does not have.
+    Raises PlanError where the plan names a node that the fleet does not have, or is interleaved.
     """
+    if plan.num_nodes < len(plan.stages):
+        raise PlanError(
+            "this plan is interleaved; a simulated node holds one stage",
+            "isthmus plan shows what an interleaved step takes; to simulate, set another plan.schedule",
+        )
     codecs = [(link.forward_codec, link.backward_codec) for link in plan.links]
     problem = make_problem(fleet, replace(work, schedule=plan.schedule), wire, codecs=codecs or None)
     placement = placement_of(plan, fleet)

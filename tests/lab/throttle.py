@@ -22,7 +22,7 @@ class Throttle:
         self.num_pushed = 0
         self._deliver = deliver
         self._delay_s = delay_s
-        self._on_link: queue.SimpleQueue[tuple[bytes, Future[Receipt]] | None] = queue.SimpleQueue()
+        self._on_link: queue.SimpleQueue[tuple[float, bytes, Future[Receipt]] | None] = queue.SimpleQueue()
         self._arriving: queue.SimpleQueue[tuple[float, bytes, Future[Receipt]] | None] = queue.SimpleQueue()
         for run in (self._transmit, self._arrive):
             threading.Thread(target=run, daemon=True).start()
@@ -30,7 +30,7 @@ class Throttle:
     def push(self, chunk: bytes) -> Future[Receipt]:
         self.num_pushed += 1
         answer: Future[Receipt] = Future()
-        self._on_link.put((chunk, answer))
+        self._on_link.put((time.monotonic(), chunk, answer))
         return answer
 
     def close(self) -> None:
@@ -40,8 +40,9 @@ class Throttle:
         """Let each chunk take its time; what sleeping adds to one is taken off the next."""
         free_s = 0.0
         while (message := self._on_link.get()) is not None:
-            chunk, answer = message
-            free_s = max(free_s, time.monotonic()) + len(chunk) * 8e-6 / self.rate_mbps
+            pushed_s, chunk, answer = message
+            # Not from when this thread got to it: on a busy machine that is late, and would make the link slower.
+            free_s = max(free_s, pushed_s) + len(chunk) * 8e-6 / self.rate_mbps
             time.sleep(max(0.0, free_s - time.monotonic()))
             self._arriving.put((free_s + 2 * self._delay_s, chunk, answer))
         self._arriving.put(None)

@@ -17,10 +17,10 @@ from actors.errors import ConfigError, DataError, FleetError, PlanError, RunBusy
 from actors.fleet_spec import NodeCard
 from actors.spec import EvalReport, StepReport
 from orchestrator.baseline import plan_baseline, train_baseline
+from orchestrator.baseline_job import Act, CoreShare, TrainJob, failure_of, program, share_cores
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.lifecycle import CommitStep, RunState, on_step_done, summarise
 from orchestrator.runfolder import RunFolder
-from orchestrator.trainjob import Act, CoreShare, TrainJob, failure_of, program, share_cores
 from tests.part_times import part_times
 from tests.reference import train_plainly
 from tests.small_run import small_config

@@ -39,6 +39,7 @@ def wide_problem(seed: int = 0) -> Problem:
         first_state_bytes=20.0,
         last_state_bytes=20.0,
         layer_saved_bytes_N=zeros + 0.5,
+        layer_halved_bytes_N=zeros + 0.25,
         raw_frame_bytes_N=zeros,
         flight_bytes_N=zeros + 0.5,
         fixed_bytes_N=zeros + 1.0,

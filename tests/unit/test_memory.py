@@ -13,6 +13,8 @@ from actors.schedule import SPLIT, Action, Op, peak_held, stage_actions
 from actors.settings import BatchSpec, WireConfig
 from orchestrator.planner.build import FRAME_COPIES, Workload, make_problem
 from orchestrator.planner.evaluate import memory_bytes
+from orchestrator.planner.problem import Placement
+from orchestrator.simulator.step import simulate_step
 from tests.small_fleets import node
 from tests.tensor_peak import stage_peak_bytes
 
@@ -79,10 +81,32 @@ def test_longer_sequences_and_blocks_computed_again() -> None:
 
 @pytest.mark.parametrize("layers", [(0, 2), (2, 4), (4, 6)], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_halves_put_off_take_no_more_than_what_they_are_counted_for(layers: tuple[int, int], stage: int) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_halves_put_off_take_no_more_than_what_they_are_counted_for(
+    layers: tuple[int, int], stage: int, checkpointing: bool
+) -> None:
     actions = stage_actions("zb-h1", stage, 4, BATCH.num_microbatches)
     assert "zb-h1" in SPLIT
     assert any(action.op is Op.WEIGHT_BACKWARD for action in actions)
-    counted, taken = counted_and_taken(layers, actions)
+    counted, taken = counted_and_taken(layers, actions, activation_checkpointing=checkpointing)
     # On the high side: a first half lets go of some of what it counts for.
     assert taken <= counted
+
+
+@pytest.mark.parametrize("num_put_off", [1, 3])
+def test_the_simulator_counts_what_a_first_half_lets_go_of(num_put_off: int) -> None:
+    halves = [(Action(Op.FORWARD, m), Action(Op.INPUT_BACKWARD, m)) for m in range(BATCH.num_microbatches)]
+    later = [Action(Op.WEIGHT_BACKWARD, m) for m in range(BATCH.num_microbatches)]
+    actions = [action for pair in halves[:num_put_off] for action in pair]
+    for pair, weight in zip(halves[num_put_off:], later, strict=False):
+        actions += [*pair, weight]
+    actions += later[BATCH.num_microbatches - num_put_off :]
+    work = Workload(model=MODEL, batch=BATCH, schedule="zb-h1", activation_checkpointing=False, document_mask=False)
+    problem = make_problem(Fleet(nodes=(node("a"),), links=()), work, WireConfig())
+    alone = Placement(bounds=(0, MODEL.num_layers), nodes=((0,),))
+    simulation = simulate_step(problem, alone, WireConfig(), orders=(tuple(actions),))
+    taken = stage_peak_bytes(MODEL, (0, MODEL.num_layers), actions, BATCH, document_mask=False)
+    assert taken <= simulation.tensor_bytes_U[0] <= 1.1 * taken
+    # Which tells it from a count of whole microbatches.
+    whole = memory_bytes(problem, 0, 0, MODEL.num_layers, num_put_off + 1)
+    assert whole - FRAME_COPIES * float(problem.raw_frame_bytes_N[0]) > 1.05 * simulation.tensor_bytes_U[0]

@@ -13,9 +13,13 @@ from actors.play import PipelineTimes, play
 from actors.schedule import stage_actions
 from bench.wan import known_cases, settings_of
 from bench.wan_cases import CASES, Case, Route, quick
-from bench.wan_judge import best_torch_s, judge, judge_fall
+from bench.wan_field import Run
+from bench.wan_judge import best_torch_s, certified_step_s, judge, judge_fall
 from bench.wan_limit import LinkTimes, link_times, step_limit
+from orchestrator.config import RunConfig
+from orchestrator.events import History
 from orchestrator.planner.problem import even_sizes
+from tests.small_fleets import BATCH, MODEL, WORK, fleet, node, plan
 
 
 def case_named(name: str) -> Case:
@@ -58,7 +62,7 @@ def test_the_limit_of_near_stages_is_what_their_steps_take(num_microbatches: int
     orders = tuple(stage_actions("gpipe", stage, 3, num_microbatches) for stage in range(3))
     no_link = LinkTimes(forward_s=0.0, backward_s=0.0, round_trip_s=0.0)
     limit = step_limit([f + b for f, b in zip(forward_s, backward_s, strict=True)], [no_link] * 2, num_microbatches)
-    # No order is shorter, and the slowest stage's period is counted once a microbatch.
+    # GPipe's step is not shorter, and the slowest stage's period is counted once a microbatch.
     assert limit.step_s <= play(orders, times).step_s + 1e-9
     assert limit.step_s == pytest.approx(3.6 + (num_microbatches - 1) * 1.5)
     assert limit.binds == "compute"
@@ -69,6 +73,20 @@ def test_a_link_that_is_slower_than_every_stage_sets_the_period() -> None:
     limit = step_limit([1.0, 1.0, 1.0], links, 11)
     assert limit.binds == "link 1 -> 2"
     assert limit.step_s == pytest.approx(3.0 + 0.5 + 2.5 + 10 * 2.0)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 64])
+@pytest.mark.parametrize("slowness", [(1.0, 1.0), (1.0, 0.4), (0.4, 1.0)])
+def test_no_plan_is_faster_than_the_certified_step(num_microbatches: int, slowness: tuple[float, float]) -> None:
+    hosts = fleet(node("a", slowness[0]), node("b", slowness[1]))
+    config = RunConfig(model=MODEL, batch=replace(BATCH, num_microbatches=num_microbatches))
+    work = replace(WORK, batch=config.batch)
+    run = Run(history=History(), plan=plan(hosts, work), fleet=hosts, config=config)
+    certified_s = certified_step_s(run)
+    assert certified_s <= run.plan.step_s
+    if num_microbatches == 64:
+        # What is left is the fill, and that layers are whole.
+        assert certified_s > 0.85 * run.plan.step_s
 
 
 def test_a_bound_that_is_missed_is_named() -> None:

@@ -35,7 +35,7 @@ def test_a_bubble_wants_more_microbatches_and_says_what_they_would_bring() -> No
     (words,) = said(rig)
     assert words == (
         "filling and draining the pipeline takes 33% of the time, with 6 microbatches in 4 stages: "
-        "batch.num_microbatches=12 would make that about 20%"
+        "batch.num_microbatches=12 (a step of twice the tokens) would make that about 20%"
     )
     # It would.
     (doubled,) = said(replace(rig, num_microbatches=12))
@@ -54,7 +54,7 @@ def test_a_slower_stage_is_named_with_how_much_slower_it_is() -> None:
     ("codec", "help_text"),
     [
         ("none", "wire.forward=q8 in place of none sends 3.9 times fewer bytes"),
-        ("q8", "wire.forward=hq4 in place of q8 sends 2.0 times fewer bytes, for some of the loss (docs/quality.md)"),
+        ("q8", "wire.forward=hq4 in place of q8 sends 2.0 times fewer bytes, at a higher loss (docs/quality.md)"),
         ("hq4", "hq4 is small already, so a faster link, or a cut that sends less over it"),
         ("q4", "q4 is small already, so a faster link, or a cut that sends less over it"),
     ],
