@@ -35,7 +35,7 @@ from orchestrator.planner.objective import Found, Limits, score
 from orchestrator.planner.played import polished
 from orchestrator.planner.problem import Placement, Problem, even_sizes
 from orchestrator.planner.search import in_order, search
-from orchestrator.planner.shortage import may_fit, no_fit
+from orchestrator.planner.shortage import may_fit, no_fit, split_fits
 from orchestrator.planner.shortlist import found_in_part, limits_of_part, part_of, shortlist
 from orchestrator.planner.validate import require_sound
 from orchestrator.planner.wide import evaluated
@@ -285,8 +285,14 @@ def _refusal(fleet: Fleet, work: Workload, wire: WireConfig, config: PlanConfig,
     # The way to run that takes the least memory of those that may be chosen.
     least = min(config.batches(work.batch), key=lambda batch: batch.microbatch_size)
     work = replace(work, batch=least, schedule=config.schedule or "bdp")
-    if config.split is None:
-        problem = make_problem(fleet, work, wire)
+    problem = make_problem(fleet, work, wire)
+    if config.split is not None:
+        # But for the last, which is all of them at once.
+        asked = [words for _, words in _relaxed(replace(limits, num_stages=None))][:-1]
+        if asked and split_fits(problem, config.split):
+            split = ",".join(map(str, config.split))
+            return PlanError(f"no plan with plan.split={split} keeps to {', '.join(asked)}", "leave out one of them")
+    else:
         for change, words in _relaxed(limits):
             found = find(problem, config, change).placement
             if found is not None:

@@ -105,6 +105,11 @@ def _least_short_chain(problem: Problem, num_stages: int) -> Shortage:
     return _shortage(nodes_S, sizes, sizes * each_S - free_S)
 
 
+def split_fits(problem: Problem, split: tuple[int, ...]) -> bool:
+    """Return whether the roomiest nodes have room for a given split."""
+    return _short_of(problem, split).short_bytes <= 0
+
+
 def _short_of(problem: Problem, split: tuple[int, ...]) -> Shortage:
     """Return the shortage of a given split on the roomiest nodes, in their order."""
     nodes_S, each_S, free_S = _needs(problem, len(split))

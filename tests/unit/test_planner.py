@@ -283,6 +283,14 @@ def test_halves_put_off_are_counted_with_what_their_blocks_computed_again() -> N
     assert plan(tight, again, stages=4).schedule not in SPLIT
 
 
+def test_a_split_that_a_limit_forbids_is_not_called_short_of_memory() -> None:
+    two = fleet(node("a", price=2.0), node("b"))
+    with pytest.raises(PlanError, match=r"no plan with plan.split=4,8 keeps to plan.max_dollars_per_hour=1:"):
+        plan(two, split=(4, 8), max_dollars_per_hour=1.0)
+    with pytest.raises(PlanError, match=r"keeps to plan.pins and plan.after:"):
+        plan(two, split=(4, 8), after={"a": "b"})
+
+
 def test_a_large_fleets_roomy_nodes_come_into_question_though_they_are_slow() -> None:
     ends = need(node("a"), 11, 12, in_flight=1)
     small = tuple(node(f"s{i}", memory_bytes=ends - 1) for i in range(210))
