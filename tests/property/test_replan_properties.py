@@ -60,7 +60,8 @@ def test_whatever_is_lost_what_remains_goes_on_if_anything_can(seed: int, schedu
     damaged = renumbered(incumbent, {node: node for node in range(5)})
     found = replan(left, damaged, limits, state_sizes=SIZES, horizon_s=1e9, seed=0, evaluations=2000)
     anew = search(left, limits, seed=0, evaluations=4000)
-    assert (found.placement is None) == (anew.placement is None)
+    # It knows one more way to begin, by what is left of the last placement, so it may find one where memory is tight.
+    assert found.placement is not None or anew.placement is None
     if found.placement is not None:
         assert found.score == pytest.approx(score(left, limits, found.placement), rel=1e-9)
         assert set(found.placement.used) <= set(range(5))

@@ -22,13 +22,15 @@ from orchestrator.planner.problem import Placement
 from tests.small_fleets import BATCH, WORK, link, node
 
 # Fewer microbatches than it takes to make filling a pipeline of four cheap.
-# Blocks are computed again, so that halves of backwards are not what fills the waits.
 FEW = replace(WORK, activation_checkpointing=True, batch=replace(BATCH, num_microbatches=4))
 
 
 def apart(names: str, delay_s: float | None = None, rate_mbps: float = 10_000.0) -> Fleet:
     """Return equal nodes on hosts of their own, near to one another unless a delay is given."""
-    cards = tuple(replace(node(name), host=name) for name in names)
+    (times,) = node("").times
+    # Next to nothing, so that halves of backwards are not what fills the waits.
+    times = replace(times, layer_weight_s=1e-4)
+    cards = tuple(replace(node(name), host=name, times=(times,)) for name in names)
     links = () if delay_s is None else tuple(link(a, b, rate_mbps, delay_s) for a in names for b in names if a != b)
     return Fleet(nodes=cards, links=links)
 
