@@ -38,8 +38,10 @@ def save(name: str, arguments: argparse.Namespace, measured: Mapping[str, object
     """Write what was measured, with the command, the machine and the versions, and return the file."""
     path = result_path(name, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Where somebody's own files lie is nobody else's business.
+    words = ["FOLDER" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     document = {
-        "command": " ".join([f"python -m bench.{name}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m bench.{name}", *words]),
         "measured_at": moment(),
         "machine": machine(),
         **measured,
